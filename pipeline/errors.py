@@ -1,0 +1,137 @@
+"""A user's mistake ends in one line: what was given, what is allowed, what to do next. Exit code 2, no traceback.
+
+`UserError` is that line. `explain` recognises the failures of the libraries below us that are really a user's
+situation (a full disk, a repository that does not exist, a Hub that is not there) and turns them into one.
+`run_entry` is the frame around every command line of the project.
+"""
+
+from __future__ import annotations
+
+import difflib
+import errno
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterable
+
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, the shell's convention
+
+
+class UserError(ValueError):
+    """What the person who typed the command can put right; its text is one line they can act on."""
+
+
+def nearest(given: str, allowed: Iterable[str]) -> str:
+    """`" Did you mean 'x'?"` for the closest of `allowed`, or an empty string when nothing is close."""
+    close = difflib.get_close_matches(str(given), list(allowed), n=1, cutoff=0.6)
+    return f" Did you mean '{close[0]}'?" if close else ""
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    """The error and what it was raised from, outermost first: libraries wrap the telling one."""
+    chain: list[BaseException] = []
+    while error is not None and error not in chain:
+        chain.append(error)
+        error = error.__cause__ or error.__context__  # type: ignore[assignment]
+    return chain
+
+
+def explain(error: BaseException) -> str | None:
+    """The one line for a failure that a user can act on, or None where it is a defect of ours and wants a traceback."""
+    for cause in _causes(error):
+        text = _explain_one(cause)
+        if text:
+            return text
+    return None
+
+
+def _explain_one(error: BaseException) -> str | None:
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = f" writing {error.filename}" if error.filename else ""
+        return (
+            f"The disk is full{where}. Free some space (older runs under outputs/, the cache under ~/.cache/huggingface) "
+            "or choose another place with --output_dir; then run the same command again: it goes on from the newest "
+            "complete checkpoint."
+        )
+    if isinstance(error, PermissionError) and error.filename:
+        return f"No permission to use {error.filename}. Choose a folder you may write to with --output_dir."
+    name = type(error).__name__
+    if name == "OutOfMemoryError":
+        return (
+            "The device ran out of memory. Halve --max_per_device_batch_size (the global batch, and so the result, stays "
+            "the same: accumulation makes up for it) or lower --max_length."
+        )
+    if name in ("SafetensorError", "RuntimeError") and "No space left" in str(error):
+        return _explain_one(OSError(errno.ENOSPC, "No space left on device"))
+    return _explain_hub(error)
+
+
+def _explain_hub(error: BaseException) -> str | None:
+    """Failures of huggingface_hub. Imported late: most commands that fail early never need it."""
+    from huggingface_hub import errors as hub
+
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    response = getattr(error, "response", None)
+    status = getattr(response, "status_code", None)
+    url = str(getattr(response, "url", "")) or endpoint
+    if isinstance(error, hub.RevisionNotFoundError):
+        return f"No such revision at {url}. Look at the repository's branches, tags and commits, or leave the revision out for main."
+    if isinstance(error, hub.GatedRepoError):
+        return f"Access to {url} is gated: ask for it on the repository's page, then `hf auth login`."
+    if isinstance(error, hub.RepositoryNotFoundError):
+        return (
+            f"No such repository at {url}, or it is private and your token may not see it. Check the spelling "
+            "(owner/name); for a private one `hf auth login` or set HF_TOKEN; for a local folder check the path."
+        )
+    if isinstance(error, hub.LocalEntryNotFoundError | hub.OfflineModeIsEnabled):
+        return _no_network(endpoint)
+    if isinstance(error, hub.LocalTokenNotFoundError):
+        return "No token: run `hf auth login`, or set HF_TOKEN to a token with the right to write."
+    if isinstance(error, hub.HfHubHTTPError) and status in (401, 403):
+        return (
+            f"The Hub refused ({status}) at {url}: the token is missing, wrong or may only read. Make one with the right to "
+            "write under Settings > Access Tokens, then `hf auth login` or set HF_TOKEN."
+        )
+    if type(error).__name__ in ("ConnectError", "ConnectionError", "ConnectTimeout", "ReadTimeout") and type(
+        error
+    ).__module__.split(".")[0] in ("httpx", "httpcore", "requests", "builtins"):
+        return _no_network(endpoint)
+    return None
+
+
+def _no_network(endpoint: str) -> str:
+    return (
+        f"The Hub at {endpoint} cannot be reached and what is needed is not in the local cache. Check the network, or start "
+        "a local Hub with `make hub` and set the environment it prints, or give a local folder instead of a Hub id."
+    )
+
+
+def run_entry(main: Callable[[], int | None], *, debug: bool = False) -> int:
+    """Run `main()` and turn what it raises into an exit code and, for a user's mistake, one line on stderr.
+
+    Returns 0 (or what `main` returned), 2 for a user's mistake, 130 after Ctrl-C. Any other exception is a defect of
+    ours and propagates with its traceback. Under a launcher rank 0 speaks at once and the other ranks wait: when they
+    met the same mistake, or only lost their peer, the launcher ends them first, so the line appears once.
+    """
+    rank = int(os.environ.get("RANK", "0"))
+    try:
+        return main() or 0
+    except KeyboardInterrupt:
+        if rank == 0:
+            print("\nInterrupted. Complete checkpoints are kept: run the same command again to go on.", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except Exception as error:
+        if rank != 0:
+            time.sleep(5)
+        text = explain(error)
+        if text is None:
+            raise
+        if debug:
+            traceback.print_exc()
+        who = f" (rank {rank})" if rank else ""
+        print(f"error{who}: {' '.join(text.split())}", file=sys.stderr, flush=True)
+        return EXIT_USER_ERROR

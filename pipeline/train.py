@@ -1,0 +1,216 @@
+"""Fine-tune with Trainer and Accelerate: the same command for one process, two GPUs or many machines.
+
+    accelerate launch --config_file configs/accelerate/cpu2.yaml -m pipeline.train configs/ag_news.yaml
+    accelerate launch --config_file configs/accelerate/gpu2.yaml -m pipeline.train configs/ag_news.yaml --epochs 1
+    python -m pipeline.train configs/ag_news.yaml                  # one process
+
+The numbers `[DDP n]` are those of `pipeline/train_ddp.py`, which does by hand what these lines leave to the libraries.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
+from torch.utils.data import DataLoader
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from pipeline import checkpoint
+from pipeline.batches import in_order, predict_logits, training_loader
+from pipeline.config import TrainConfig, parse
+from pipeline.errors import UserError, run_entry
+from pipeline.metrics import compute_metrics
+from pipeline.model import build_model, classification_loss, scheduler_name, warmup_steps
+from pipeline.record import Recorder
+from pipeline.run import Prepared, announce, conclude, load_weights, prepare, publish, seed_dropout, training_sampler
+from pipeline.sampler import GlobalBatchSampler
+from pipeline.topology import BatchPlan, Topology, find_topology, plan_batches
+
+PROG = "accelerate launch --config_file configs/accelerate/X.yaml -m pipeline.train"
+ENTRY = "trainer"
+
+
+class TextTrainer(Trainer):
+    """Trainer with this project's order of the data, loss, exact evaluation and whole checkpoints."""
+
+    def __init__(self, config: TrainConfig, prepared: Prepared, sampler: GlobalBatchSampler, recorder: Recorder, **kwargs: Any) -> None:
+        super().__init__(train_dataset=prepared.train, eval_dataset=prepared.validation, **kwargs)
+        self.config, self.prepared, self.sampler, self.recorder = config, prepared, sampler, recorder
+        self.class_weights = None if prepared.class_weights is None else prepared.class_weights.to(self.args.device)
+        self.remove_callback(PrinterCallback)
+        self.add_callback(Conductor(sampler, recorder))
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        # Not prepared by Accelerate: that would shard batches which the sampler has already dealt to the ranks.
+        return training_loader(
+            self.prepared.train, self.sampler, self.prepared.collator,
+            workers=self.config.dataloader_workers, pin_memory=self.recorder.topology.device == "cuda",
+        )  # fmt: skip
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+        labels = inputs.pop("labels")
+        outputs = model(**inputs)
+        loss = classification_loss(outputs.logits, labels, self.class_weights)  # Trainer divides it by the accumulation
+        return (loss, outputs) if return_outputs else loss
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        # [DDP 8] Metrics over exact shards. Trainer's own evaluation repeats rows to fill the last round of batches
+        # and then cuts them off again, which leaves its loss wrong; here each row is scored once, on one rank.
+        with self.recorder.pause():
+            place = self.recorder.topology
+            shard = predict_logits(
+                self.model, self.prepared.validation, self.prepared.collator, self.args.device, rank=place.rank, world_size=place.world_size
+            )
+            logits = in_order(gather_object([shard]))
+            metrics = compute_metrics(logits, self.prepared.validation["labels"], self.prepared.label_names)
+            if self.recorder.evaluated(self.state.global_step, metrics):
+                self.control.should_training_stop = True
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return {f"eval_{name}": value for name, value in metrics.items() if isinstance(value, float)}
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        # [DDP 9] Save on rank 0, and wait: Trainer writes weights and optimizer there and each rank's random state;
+        # we add the recorder's state and, after everybody's files, the manifest.
+        with self.recorder.pause():
+            assert self.args.output_dir is not None
+            folder = checkpoint.checkpoint_folder(self.args.output_dir, self.state.global_step)
+            if self.is_world_process_zero():
+                checkpoint.begin(folder)
+            self.accelerator.wait_for_everyone()
+            super()._save_checkpoint(model, trial)
+            if self.is_world_process_zero():
+                self.recorder.save(folder)
+            self.accelerator.wait_for_everyone()
+            if self.is_world_process_zero():
+                checkpoint.commit(folder, self.config, ENTRY, self.args.world_size)
+                best = self.recorder.best
+                checkpoint.rotate(self.args.output_dir, self.config.save_total_limit, best["step"] if best else None)
+            self.accelerator.wait_for_everyone()
+
+
+class Conductor(TrainerCallback):
+    """Tells the Trainer when to log, validate and save, and the recorder what happened."""
+
+    def __init__(self, sampler: GlobalBatchSampler, recorder: Recorder) -> None:
+        self.sampler, self.recorder = sampler, recorder
+
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        # [DDP 4] Sampler and set_epoch: Trainer calls set_epoch only on loaders it built itself.
+        self.sampler.set_epoch(state.global_step // self.sampler.steps)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.recorder.stepped(state.global_step)
+        control.should_log = self.recorder.should_log(state.global_step)
+        control.should_evaluate = control.should_save = state.global_step in self.recorder.evaluation_steps
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        if logs and "loss" in logs:
+            self.recorder.logged(state.global_step, logs["loss"], logs["learning_rate"], logs.get("grad_norm"))
+
+
+def training_arguments(config: TrainConfig, topology: Topology, plan: BatchPlan, recorder: Recorder) -> TrainingArguments:
+    """This project's configuration in Trainer's words."""
+    assert config.output_dir is not None
+    return TrainingArguments(
+        output_dir=config.output_dir,
+        # [DDP 2] Device: Accelerate picks the GPU of the local rank; `use_cpu` must be said here, the launcher does not.
+        use_cpu=topology.device == "cpu",
+        # [DDP 7] Autocast, unscale, clip in order: Accelerate keeps the order; bf16 or fp16 is all one says.
+        bf16=topology.precision == "bf16",
+        fp16=topology.precision == "fp16",
+        max_grad_norm=config.max_grad_norm,
+        per_device_train_batch_size=plan.per_device,
+        # [DDP 6] no_sync: Trainer enters it for all micro-batches of a step but the last.
+        gradient_accumulation_steps=plan.accumulation,
+        num_train_epochs=config.epochs,
+        max_steps=recorder.total_steps,
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+        warmup_steps=warmup_steps(config, recorder.total_steps),
+        lr_scheduler_type=scheduler_name(config),
+        optim="adamw_torch_fused",
+        # [DDP 5] Wrap and all-reduce: Accelerate wraps the model in the same DistributedDataParallel. Left to itself
+        # Trainer makes it look for unused parameters after every forward; this model has none.
+        ddp_find_unused_parameters=False,
+        seed=config.seed,
+        data_seed=config.seed,
+        # When to log, validate and save is the Conductor's business.
+        logging_strategy="no",
+        eval_strategy="no",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+    )
+
+
+def refuse_data_parallel(topology: Topology) -> None:
+    """Plain `python` on several GPUs makes Trainer fall back to torch DataParallel: slower than one GPU, and other results."""
+    gpus = torch.cuda.device_count() if topology.device == "cuda" else 0
+    if "RANK" not in os.environ and gpus > 1:
+        raise UserError(
+            f"One process sees {gpus} GPUs, and Trainer would use torch DataParallel, which is slow and changes the result. Use all: "
+            f"accelerate launch --config_file configs/accelerate/gpu2.yaml --num_processes {gpus} -m pipeline.train CONFIG; "
+            "or one: CUDA_VISIBLE_DEVICES=0 python -m pipeline.train CONFIG."
+        )
+
+
+def main(config: TrainConfig) -> None:
+    """Train, then, on rank 0 alone, write and publish the release."""
+    topology = find_topology(config)
+    refuse_data_parallel(topology)
+    plan = plan_batches(config, topology.world_size)
+    # [DDP 1] Rendezvous: PartialState joins the process group that the launcher's environment describes.
+    state = PartialState(cpu=topology.device == "cpu")
+    try:
+        if state.num_processes != topology.world_size:
+            # Seen with a launch file that says use_cpu and a script that does not: as many runs of one process each.
+            raise RuntimeError(f"launched with {topology.world_size} processes, but Accelerate sees {state.num_processes}")
+        prepared, model, record = run(config, topology, plan, state)
+    finally:
+        # [DDP 10] Teardown on every path.
+        state.destroy_process_group()
+    if topology.rank == 0:
+        publish(config, prepared, model, record)
+
+
+def run(config: TrainConfig, topology: Topology, plan: BatchPlan, state: PartialState) -> tuple[Prepared, torch.nn.Module, dict[str, Any]]:
+    """One rank's whole work that needs the others: returns the data, the calibrated best model, and the run's record."""
+    # [DDP 3] Rank 0 first, the others then read the cache it filled.
+    with state.main_process_first():
+        prepared = prepare(config, topology, plan)
+    box = [checkpoint.find_resume(config, ENTRY) if topology.rank == 0 else None]
+    resume: Path | None = broadcast_object_list(box)[0]
+
+    model: Any = build_model(config, prepared.label_names)
+    sampler = training_sampler(config, topology, plan, prepared.train)
+    recorder = Recorder(config, topology, plan, steps_per_epoch=sampler.steps)
+    trainer = TextTrainer(config, prepared, sampler, recorder, model=model, args=training_arguments(config, topology, plan, recorder))
+    if resume:
+        recorder.load(resume)
+    announce("Trainer + Accelerate", config, topology, plan, prepared, recorder)
+    if not recorder.finished:
+        seed_dropout(config, topology)
+        recorder.start()
+        try:
+            trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        finally:
+            recorder.stop()
+        # Accelerate left its autocast around forward; the final figures are those of the fp32 weights.
+        model = trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
+    assert recorder.best is not None
+    load_weights(model, config, recorder.best["step"])
+    return prepared, model, conclude(ENTRY, config, topology, plan, prepared, model, recorder, lambda shard: gather_object([shard]))
+
+
+def entry(argv: list[str]) -> None:
+    main(parse(argv, PROG))
+
+
+if __name__ == "__main__":
+    sys.exit(run_entry(lambda: entry(sys.argv[1:]), debug="--debug" in sys.argv))

@@ -1,0 +1,287 @@
+"""Data-parallel training by hand: what Trainer and Accelerate do for `pipeline.train`, written out.
+
+    torchrun --nproc_per_node 2 -m pipeline.train_ddp configs/ag_news.yaml
+    torchrun --nproc_per_node 2 -m pipeline.train_ddp configs/ag_news.yaml --device cpu --max_steps 20
+    python -m pipeline.train_ddp configs/ag_news.yaml              # one process, the same code
+
+Every process runs this file from top to bottom, each on its own share of every batch. The ten places marked
+`[DDP n]` are all that distribution adds to a plain training script; each says why it is there and what one sees when
+it is missing. `pipeline/train.py` carries the same numbers where Trainer and Accelerate do the same.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import sys
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from transformers import get_scheduler
+
+from pipeline import checkpoint
+from pipeline.batches import predict_logits, training_loader
+from pipeline.config import TrainConfig, parse
+from pipeline.errors import run_entry
+from pipeline.metrics import counts, counts_size, from_counts
+from pipeline.model import build_model, classification_loss, decay_groups, scheduler_name, warmup_steps
+from pipeline.record import Recorder
+from pipeline.run import Prepared, announce, conclude, load_weights, prepare, publish, seed_dropout, training_sampler
+from pipeline.topology import DTYPES, BatchPlan, Topology, find_topology, plan_batches
+
+PROG = "torchrun --nproc_per_node N -m pipeline.train_ddp"
+ENTRY = "raw"
+
+
+def join_process_group(topology: Topology) -> None:
+    """[DDP 1] Rendezvous: the processes find each other and agree who is who.
+
+    torchrun gave each its RANK, WORLD_SIZE and the address of a store on rank 0; `init_process_group` meets there.
+    NCCL moves data between GPUs, gloo between CPUs. Without this call every process trains a model of its own on
+    everything: N times the work, no error, and N results that overwrite each other.
+    """
+    if "RANK" not in os.environ:  # started by plain `python`: a group of one
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": "0", "WORLD_SIZE": "1"}
+    # [DDP 2] Device: one process, one GPU, chosen by *local* rank (rank 8 on the second machine of 8 drives GPU 0
+    # there). find_topology has called torch.cuda.set_device(local_rank); without it every process of a machine
+    # allocates on GPU 0, which runs out of memory while the others idle, or NCCL reports a duplicate GPU.
+    device_id = topology.torch_device if topology.device == "cuda" else None
+    dist.init_process_group("nccl" if topology.device == "cuda" else "gloo", timeout=timedelta(minutes=30), device_id=device_id)
+
+
+def from_rank_zero(value: Any) -> Any:
+    """Rank 0's value on every rank: a decision all must share (which checkpoint to resume) is taken once."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def validate(model: torch.nn.Module, prepared: Prepared, topology: Topology) -> dict[str, Any]:
+    """[DDP 8] Metrics over exact shards: every row scored by one rank, sums added with one all-reduce.
+
+    Ranks score disjoint shards that cover each row once, and what is reduced are counts, never ratios: the mean of two
+    ranks' accuracies is wrong when their shards differ in size, and macro F1 cannot be averaged at all. The usual
+    mistakes: reporting rank 0's shard as the result, or a padding sampler that counts some rows twice.
+    """
+    autocast = DTYPES[topology.precision] if topology.precision != "fp32" else None
+    numbers, logits = predict_logits(
+        model, prepared.validation, prepared.collator, topology.torch_device,
+        rank=topology.rank, world_size=topology.world_size, autocast=autocast,
+    )  # fmt: skip
+    labels = np.asarray(prepared.validation["labels"])[numbers]
+    sums = np.zeros(counts_size(len(prepared.label_names)))
+    if len(numbers):
+        sums += counts(logits, labels)
+    total = torch.from_numpy(sums).to(topology.torch_device)
+    dist.all_reduce(total)
+    return from_counts(total.cpu().numpy(), prepared.label_names)
+
+
+def gather_shards(shard: tuple[np.ndarray, np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Every rank's `(row numbers, logits)` on every rank; for the final scoring, where the logits themselves are needed."""
+    shards: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(shards, shard)
+    return shards
+
+
+class Trainee:
+    """What a checkpoint must hold besides the weights: optimizer, schedule, loss scaler, and each rank's random state."""
+
+    def __init__(self, config: TrainConfig, topology: Topology, model: torch.nn.Module, total_steps: int) -> None:
+        self.topology, self.model = topology, model
+        groups = decay_groups(model, config.weight_decay)
+        # Fused: one kernel for all tensors instead of several for each; a tenth of a step on small models.
+        self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
+        self.scheduler = get_scheduler(
+            scheduler_name(config), self.optimizer, num_warmup_steps=warmup_steps(config, total_steps), num_training_steps=total_steps
+        )
+        # fp16 has no exponent for small gradients: the loss is scaled up before backward, gradients down before use.
+        self.scaler = torch.amp.GradScaler(topology.device, enabled=topology.precision == "fp16")
+
+    def random_state(self) -> dict[str, torch.Tensor]:
+        state = {"cpu": torch.get_rng_state()}
+        if self.topology.device == "cuda":
+            state["cuda"] = torch.cuda.get_rng_state()
+        return state
+
+    def set_random_state(self, state: dict[str, torch.Tensor]) -> None:
+        torch.set_rng_state(state["cpu"])
+        if "cuda" in state and self.topology.device == "cuda":
+            torch.cuda.set_rng_state(state["cuda"])
+
+    def save(self, config: TrainConfig, recorder: Recorder) -> None:
+        """[DDP 9] Save on rank 0, and wait.
+
+        After an all-reduced step all ranks hold the same weights, so one writes; two writing the same file tear it.
+        Only the random states differ, and each rank writes its own. The barriers keep the order: nobody writes before
+        the folder is there, and the manifest that makes the folder a checkpoint comes after everybody's file. Without
+        them a rank can run ahead and die, or be killed, with a checkpoint that looks whole and is not.
+        """
+        folder = checkpoint.checkpoint_folder(config.output_dir or "", recorder.step)
+        rank = self.topology.rank
+        if rank == 0:
+            checkpoint.begin(folder)
+        dist.barrier()
+        torch.save(self.random_state(), folder / f"rng_state_{rank}.pt")
+        if rank == 0:
+            # contiguous(): safetensors stores plain memory; clone not needed, nothing trains meanwhile.
+            save_file({name: tensor.contiguous() for name, tensor in self.model.state_dict().items()}, folder / "model.safetensors")
+            torch.save(self.optimizer.state_dict(), folder / "optimizer.pt")
+            torch.save({"scheduler": self.scheduler.state_dict(), "scaler": self.scaler.state_dict()}, folder / "schedule.pt")
+            recorder.save(folder)
+        dist.barrier()
+        if rank == 0:
+            checkpoint.commit(folder, config, ENTRY, self.topology.world_size)
+            checkpoint.rotate(config.output_dir or "", config.save_total_limit, recorder.best["step"] if recorder.best else None)
+        dist.barrier()
+
+    def load(self, folder: Path) -> None:
+        device = self.topology.torch_device
+        self.model.load_state_dict(load_file(folder / "model.safetensors", device=str(device)))
+        self.optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location=device, weights_only=True))
+        schedule = torch.load(folder / "schedule.pt", map_location="cpu", weights_only=True)
+        self.scheduler.load_state_dict(schedule["scheduler"])
+        self.scaler.load_state_dict(schedule["scaler"])
+        random_state = folder / f"rng_state_{self.topology.rank}.pt"
+        if random_state.is_file():  # not there when the run goes on with more processes than before
+            self.set_random_state(torch.load(random_state, map_location="cpu", weights_only=True))
+
+
+def train(
+    config: TrainConfig, topology: Topology, plan: BatchPlan, prepared: Prepared, loader: DataLoader[Any], model: torch.nn.Module,
+    trainee: Trainee, recorder: Recorder,
+) -> None:  # fmt: skip
+    """The loop: `recorder.total_steps` optimizer steps from `recorder.step` on, validating and saving on the way."""
+    # [DDP 5] Wrap: DDP copies rank 0's weights to all, then watches backward. As gradients become ready it packs them
+    # into buckets (25 MB) and all-reduces each, averaging over ranks, while backward still computes earlier layers:
+    # communication hides under computation. Every rank then takes the same optimizer step on the same average.
+    # Without it, ranks drift apart and the saved model has learnt from one share of the data only.
+    ddp = DistributedDataParallel(model, device_ids=[topology.local_rank] if topology.device == "cuda" else None)
+    weights = prepared.class_weights.to(topology.torch_device) if prepared.class_weights is not None else None
+    autocast, sampler = DTYPES[topology.precision], loader.batch_sampler
+    running_loss = torch.zeros((), device=topology.torch_device)  # summed on the device: .item() each step would wait for it
+    logged_at = recorder.step
+    recorder.start()
+    while recorder.step < recorder.total_steps and not recorder.finished:
+        epoch, done = divmod(recorder.step, recorder.steps_per_epoch)
+        # [DDP 4] Sampler and set_epoch: the sampler gives each rank its share of every global batch, drawn from
+        # (seed, epoch). Without a distributed sampler all ranks learn from the same rows: N GPUs, the result of one.
+        # Without set_epoch every epoch repeats the order of the first: training works, a little worse, silently.
+        sampler.set_epoch(epoch)  # type: ignore[union-attr]
+        micro_batches = iter(resumed(loader, done * plan.accumulation))
+        for _ in range(done, recorder.steps_per_epoch):
+            ddp.train()
+            for micro in range(plan.accumulation):
+                batch = {name: tensor.to(topology.torch_device, non_blocking=True) for name, tensor in next(micro_batches).items()}
+                labels = batch.pop("labels")
+                # [DDP 6] no_sync: gradients of all micro-batches but the last stay local and add up; the last backward
+                # reduces the sum. Without it every micro-batch pays for an all-reduce: the same result, much slower.
+                # The forward belongs inside: DDP decides there whether the coming backward will communicate.
+                with ddp.no_sync() if micro < plan.accumulation - 1 else contextlib.nullcontext():
+                    # [DDP 7] Mixed precision, in order: autocast the forward, scale the loss, backward, all-reduce,
+                    # *unscale*, clip, step. Clipping before the reduction clips each rank differently; before
+                    # unscaling it clips 65,536 times too hard and training stands still.
+                    with torch.autocast(topology.device, dtype=autocast, enabled=autocast != torch.float32):
+                        logits = ddp(**batch).logits
+                    # Divided by the accumulation: DDP averages over ranks, this averages over micro-batches.
+                    loss = classification_loss(logits, labels, weights) / plan.accumulation
+                    trainee.scaler.scale(loss).backward()
+                running_loss += loss.detach()
+            trainee.scaler.unscale_(trainee.optimizer)
+            grad_norm = None
+            if config.max_grad_norm > 0:
+                grad_norm = torch.nn.utils.clip_grad_norm_(ddp.parameters(), config.max_grad_norm)
+            learning_rate = trainee.scheduler.get_last_lr()[0]
+            scale = trainee.scaler.get_scale()
+            trainee.scaler.step(trainee.optimizer)  # skips the step where fp16 overflowed to inf
+            trainee.scaler.update()
+            if trainee.scaler.get_scale() >= scale:
+                trainee.scheduler.step()  # a skipped step must not use up the schedule
+            trainee.optimizer.zero_grad()
+            recorder.stepped(recorder.step + 1)
+            if recorder.should_log(recorder.step):
+                # The loss of a step is the mean over ranks; each rank knows only its own part.
+                dist.all_reduce(running_loss)
+                mean = running_loss.item() / topology.world_size / (recorder.step - logged_at)
+                recorder.logged(recorder.step, mean, learning_rate, grad_norm.item() if grad_norm is not None else None)
+                running_loss.zero_()
+                logged_at = recorder.step
+            if recorder.step in recorder.evaluation_steps:
+                with recorder.pause():
+                    recorder.evaluated(recorder.step, validate(model, prepared, topology))
+                    trainee.save(config, recorder)
+            if recorder.step >= recorder.total_steps or recorder.finished:
+                break
+
+
+def resumed(loader: DataLoader[Any], skip: int) -> DataLoader[Any]:
+    """The loader without its first micro-batches: row numbers are skipped, no data is read."""
+    from accelerate import skip_first_batches
+
+    return skip_first_batches(loader, skip) if skip else loader
+
+
+def run(config: TrainConfig, topology: Topology) -> tuple[Prepared, torch.nn.Module, dict[str, Any]]:
+    """One rank's whole work that needs the others: returns the data, the calibrated best model, and the run's record."""
+    plan = plan_batches(config, topology.world_size)
+    # [DDP 3] Rank 0 first: it downloads, splits and tokenises into the cache while the others wait at the barrier, then
+    # they read it. Without it N processes download the same files and race for the same cache.
+    prepared = prepare(config, topology, plan) if topology.rank == 0 else None
+    dist.barrier()
+    prepared = prepared or prepare(config, topology, plan)
+    resume = from_rank_zero(checkpoint.find_resume(config, ENTRY) if topology.rank == 0 else None)
+
+    model = build_model(config, prepared.label_names).to(topology.torch_device)
+    seed_dropout(config, topology)
+    loader = training_loader(
+        prepared.train, training_sampler(config, topology, plan, prepared.train), prepared.collator,
+        workers=config.dataloader_workers, pin_memory=topology.device == "cuda",
+    )  # fmt: skip
+    recorder = Recorder(config, topology, plan, steps_per_epoch=len(loader) // plan.accumulation)
+    trainee = Trainee(config, topology, model, recorder.total_steps)
+    if resume:
+        recorder.load(resume)
+        trainee.load(resume)
+    announce("raw DDP", config, topology, plan, prepared, recorder)
+    if not recorder.finished:
+        try:
+            train(config, topology, plan, prepared, loader, model, trainee, recorder)
+        finally:
+            recorder.stop()
+    assert recorder.best is not None
+    load_weights(model, config, recorder.best["step"])
+    return prepared, model, conclude(ENTRY, config, topology, plan, prepared, model, recorder, gather_shards)
+
+
+def main(config: TrainConfig) -> None:
+    """Train, then, on rank 0 alone, write and publish the release."""
+    topology = find_topology(config)
+    join_process_group(topology)
+    try:
+        prepared, model, record = run(config, topology)
+    finally:
+        # [DDP 10] Teardown on every path, the failing ones too: NCCL's threads and the sockets of the rendezvous are
+        # given back and peers learn at once. Without it a failed rank leaves the others waiting for their timeout.
+        dist.destroy_process_group()
+    if topology.rank == 0:  # alone from here on: an upload may take longer than any rank should wait at a barrier
+        publish(config, prepared, model, record)
+
+
+def entry(argv: list[str]) -> None:
+    config = parse(argv, PROG, suffix="-raw")
+    main(config)
+
+
+if __name__ == "__main__":
+    sys.exit(run_entry(lambda: entry(sys.argv[1:]), debug="--debug" in sys.argv))
