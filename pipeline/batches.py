@@ -75,7 +75,8 @@ def predict_logits(
     """Logits of this rank's share of the rows.
 
     Returns:
-        row numbers `(share,)` and float32 logits `(share, classes)`, in the same order. Leaves the model in
+        row numbers `(share,)` and float32 logits `(share, classes)`, in the same order; both empty for a rank without
+        a share. Leaves the model in
         evaluation mode and no random number drawn.
     """
     model.eval()
@@ -88,8 +89,7 @@ def predict_logits(
             output = model(**{name: tensor.to(device) for name, tensor in inputs.items()}).logits
         numbers += batch
         logits.append(output.float().cpu())
-    classes = getattr(model, "module", model).config.num_labels
-    stacked = torch.cat(logits).numpy() if logits else np.zeros((0, classes), dtype=np.float32)
+    stacked = torch.cat(logits).numpy() if logits else np.zeros((0, 0), dtype=np.float32)
     return np.asarray(numbers, dtype=np.int64), stacked
 
 
@@ -98,6 +98,7 @@ def in_order(parts: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
 
     Raises ValueError unless every row came exactly once.
     """
+    parts = [part for part in parts if len(part[0])]  # a rank may have had nothing to do
     numbers, logits = np.concatenate([n for n, _ in parts]), np.concatenate([x for _, x in parts])
     order = np.argsort(numbers)
     if not np.array_equal(numbers[order], np.arange(len(numbers))):

@@ -9,6 +9,7 @@ them has to know about T.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -60,7 +61,7 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     return 2 / (low + high)
 
 
-def final_layer(model: nn.Module) -> nn.Linear:
+def final_layer(model: Any) -> nn.Linear:
     """The layer that makes the logits: the last `nn.Linear` with `num_labels` outputs.
 
     Raises ValueError when there is none, which no sequence classification model of transformers shows.

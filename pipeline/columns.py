@@ -9,8 +9,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-from datasets import ClassLabel, Dataset, Value
+from datasets import ClassLabel, Dataset, Features, Value
 
 from pipeline.config import TrainConfig
 from pipeline.errors import UserError, nearest
@@ -24,14 +23,13 @@ class Rows:
     """One split after the checks: texts that are not blank, and each row's label as a word."""
 
     table: Dataset  # one column, `text`
-    texts: list[str]
     labels: list[str]
     names: list[str] | None  # of a ClassLabel column, in its order
 
 
 def label_word(value: Any) -> str | None:
     """One label as a word: 1, 1.0, "1" and "1.0" are all "1"; None where it is missing. Raises TypeError for a list."""
-    if value is None or isinstance(value, float) and np.isnan(value):
+    if value is None or value != value:
         return None
     if isinstance(value, list | tuple | dict):
         raise TypeError("a list")
@@ -104,13 +102,15 @@ def checked_rows(table: Dataset, config: TrainConfig, where: str, warnings: list
             f"{missing[0] + 1}, {short(texts[missing[0]])}). Label them or take them out of the file."
         )
     feature = table.features[config.label_column]
-    column = table.select_columns([config.text_column]).rename_column(config.text_column, "text").cast_column("text", Value("string"))
-    return Rows(
-        column.select(keep) if blank else column,
-        [texts[row] for row in keep],
-        [str(labels[row]) for row in keep],
-        list(feature.names) if isinstance(feature, ClassLabel) else None,
-    )
+    if table.features[config.text_column] == Value("string"):
+        # A view: the texts stay where they are, usually in a file mapped into memory.
+        column = table.select_columns([config.text_column])
+        column = column if config.text_column == "text" else column.rename_column(config.text_column, "text")
+        column = column.select(keep) if blank else column
+    else:
+        column = Dataset.from_dict({"text": [texts[row] for row in keep]}, features=Features({"text": Value("string")}))
+    names = list(feature.names) if isinstance(feature, ClassLabel) else None
+    return Rows(column, [str(labels[row]) for row in keep], names)
 
 
 def make_label_names(train: Rows, config: TrainConfig, where: str, warnings: list[str]) -> list[str]:

@@ -20,7 +20,7 @@ import yaml
 from pipeline.errors import UserError, nearest
 
 
-def _option(default: Any, help: str) -> Any:  # noqa: A002 - the name argparse uses
+def _option(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
 
@@ -31,18 +31,14 @@ class TrainConfig:
     # What is learnt from what
     model: str = _option("distilbert/distilbert-base-uncased", "Hub id or folder of the model to start from.")
     model_revision: str | None = _option(None, "Branch, tag or commit of the model repository; none: main.")
-    dataset: str = _option(
-        "fancyzhx/ag_news", "Hub id, a folder, or one file (.csv .tsv .json .jsonl .parquet) of labelled texts."
-    )
+    dataset: str = _option("fancyzhx/ag_news", "Hub id, a folder, or one file (.csv .tsv .json .jsonl .parquet) of labelled texts.")
     dataset_revision: str | None = _option(None, "Branch, tag or commit of the dataset repository; none: main.")
     dataset_config: str | None = _option(None, "Name of the dataset's configuration (subset), where it has several.")
     train_split: str = _option("train", "Name of the split to train on.")
     test_split: str = _option("test", "Name of the split scored once at the end.")
     test_file: str | None = _option(None, "File with the test rows, where `dataset` is a single file.")
     test_share: float = _option(0.1, "Share of train held out as test where the data has no test split, 0-1.")
-    validation_share: float = _option(
-        0.05, "Share of train (stratified, seeded) for early stopping and the best checkpoint, 0-0.5."
-    )
+    validation_share: float = _option(0.05, "Share of train (stratified, seeded) for early stopping and the best checkpoint, 0-0.5.")
     text_column: str = _option("text", "Column with the text.")
     label_column: str = _option("label", "Column with the label: a word or a whole number per row.")
     max_train_samples: int | None = _option(None, "Use only this many training rows (stratified); none: all.")
@@ -52,9 +48,7 @@ class TrainConfig:
     epochs: float = _option(3.0, "Passes over the training rows.")
     max_steps: int = _option(-1, "Stop after this many optimizer steps, over all epochs; -1: by `epochs`.")
     global_batch_size: int = _option(32, "Rows per optimizer step over ALL processes and accumulation steps.")
-    max_per_device_batch_size: int = _option(
-        64, "Most rows one device holds at once; accumulation follows from it and the world size."
-    )
+    max_per_device_batch_size: int = _option(64, "Most rows one device holds at once; accumulation follows from it and the world size.")
     learning_rate: float = _option(2e-5, "Peak learning rate of AdamW.")
     weight_decay: float = _option(0.01, "AdamW weight decay (none on biases and LayerNorm).")
     warmup_share: float = _option(0.1, "Share of all steps over which the learning rate rises from 0, 0-1.")
@@ -134,9 +128,7 @@ def yaml_arguments(path: Path) -> list[str]:
     that is not a scalar.
     """
     if not path.is_file():
-        raise UserError(
-            f"No configuration file {path}. Give one, for example configs/ag_news.yaml, or options alone (--help lists them)."
-        )
+        raise UserError(f"No configuration file {path}. Give one, for example configs/ag_news.yaml, or options alone (--help lists them).")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -169,7 +161,13 @@ def make_parser(prog: str) -> Any:
             raise UserError(f"{message}. All options: {prog} --help")
 
     usage = f"{prog} [CONFIG.yaml] [--option value ...]"
-    return Parser(TrainConfig, prog=prog, usage=usage, allow_abbrev=False, description="CONFIG.yaml holds the same options as keys.")
+    return Parser(
+        TrainConfig,  # type: ignore[arg-type]
+        prog=prog,
+        usage=usage,
+        allow_abbrev=False,
+        description="CONFIG.yaml holds the same options as keys.",
+    )
 
 
 def parse(argv: list[str], prog: str = "python -m pipeline.train", suffix: str = "") -> TrainConfig:
@@ -200,7 +198,9 @@ def _parse(parser: Any, arguments: list[str], prog: str) -> TrainConfig:
         option = unknown[0]
         if not option.startswith("--"):
             raise UserError(f"'{option}' belongs to no option. The configuration file comes first: {prog} CONFIG.yaml --option value")
-        raise UserError(f"unknown option '{option}'.{nearest(option.split('=')[0], [f'--{name}' for name in FIELDS])} All options: {prog} --help")
+        raise UserError(
+            f"unknown option '{option}'.{nearest(option.split('=')[0], [f'--{name}' for name in FIELDS])} All options: {prog} --help"
+        )
     return config
 
 

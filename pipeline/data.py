@@ -85,7 +85,7 @@ def load_texts(config: TrainConfig, show_progress: bool = False) -> TextData:
                 f"max_train_samples is {config.max_train_samples}, but there are {classes} classes; give at least one row of each."
             )
         train = train.select(stratified(train["label"], config.max_train_samples, config.seed))
-    counts = np.bincount(train["label"], minlength=len(label_names))
+    counts = np.bincount(train["label"][:], minlength=len(label_names))
     provenance = {
         "dataset": config.dataset,
         "revision": revision,
@@ -144,7 +144,7 @@ def class_weights(labels: Sequence[int], n_classes: int) -> np.ndarray:
     `weight=` does, because that sum differs between ranks and micro-batches, and the mean of their means would no
     longer be the loss of the global batch. A class without rows gets weight 1; nothing in train uses it.
     """
-    counts = np.bincount(np.asarray(labels), minlength=n_classes)
+    counts = np.bincount(np.asarray(labels[:]), minlength=n_classes)
     present = counts > 0
     weights = np.ones(n_classes, dtype=np.float32)
     weights[present] = counts.sum() / (present.sum() * counts[present])
@@ -158,8 +158,8 @@ def stratified(labels: Sequence[int], total: int, seed: int, leave: int = 0) -> 
     `leave` of them: a class with a single row stays in train.
     """
     rng = np.random.default_rng(seed)
-    labels = np.asarray(labels)
-    classes, counts = np.unique(labels, return_counts=True)
+    of_row = np.asarray(labels[:])  # [:] reads a datasets column at once; row by row it is slow
+    classes, counts = np.unique(of_row, return_counts=True)
     most = np.maximum(counts - leave, 0)
     exact = counts * (total / max(1, counts.sum()))
     take = np.clip(np.floor(exact).astype(int), np.minimum(1, most), most)
@@ -167,7 +167,7 @@ def stratified(labels: Sequence[int], total: int, seed: int, leave: int = 0) -> 
         take[np.argmax(np.where(take < most, exact - take, -np.inf))] += 1
     while take.sum() > total and (take > 1).any():
         take[np.argmax(np.where(take > 1, take - exact, -np.inf))] -= 1
-    chosen = [rng.permutation(np.flatnonzero(labels == name))[:n] for name, n in zip(classes, take, strict=True)]
+    chosen = [rng.permutation(np.flatnonzero(of_row == name))[:n] for name, n in zip(classes, take, strict=True)]
     return np.sort(np.concatenate(chosen)) if chosen else np.array([], dtype=int)
 
 
@@ -181,7 +181,6 @@ def _pick(source: Splits, name: str, option: str, config: TrainConfig) -> Datase
 
 
 def _labelled(rows: Rows, index: dict[str, int]) -> Dataset:
-    """Adds the class numbers as a column; the texts stay where they are, usually in a file mapped into memory."""
     labels = np.array([index[label] for label in rows.labels], dtype=np.int64)
     return rows.table.add_column("label", labels, feature=ClassLabel(names=list(index)))
 
@@ -250,5 +249,9 @@ def describe(data: TextData) -> str:
     return "\n".join(lines + [f"warning: {text}" for text in data.warnings])
 
 
+def main(argv: list[str]) -> None:
+    print(describe(load_texts(parse(argv, "python -m pipeline.data"), show_progress=sys.stderr.isatty())))
+
+
 if __name__ == "__main__":
-    sys.exit(run_entry(lambda: print(describe(load_texts(parse(sys.argv[1:], "python -m pipeline.data"), show_progress=True)))))
+    sys.exit(run_entry(lambda: main(sys.argv[1:]), debug="--debug" in sys.argv))

@@ -65,7 +65,8 @@ def _explain_one(error: BaseException) -> str | None:
             "The device ran out of memory. Halve --max_per_device_batch_size (the global batch, and so the result, stays "
             "the same: accumulation makes up for it) or lower --max_length."
         )
-    if name in ("SafetensorError", "RuntimeError") and "No space left" in str(error):
+    # safetensors and torch.save do not raise OSError; the latter only says that it stands at an unexpected position.
+    if (name == "SafetensorError" and "No space left" in str(error)) or "inline_container.cc" in str(error):
         return _explain_one(OSError(errno.ENOSPC, "No space left on device"))
     return _explain_hub(error)
 
@@ -96,9 +97,9 @@ def _explain_hub(error: BaseException) -> str | None:
             f"The Hub refused ({status}) at {url}: the token is missing, wrong or may only read. Make one with the right to "
             "write under Settings > Access Tokens, then `hf auth login` or set HF_TOKEN."
         )
-    if type(error).__name__ in ("ConnectError", "ConnectionError", "ConnectTimeout", "ReadTimeout") and type(
-        error
-    ).__module__.split(".")[0] in ("httpx", "httpcore", "requests", "builtins"):
+    if type(error).__name__ in ("ConnectError", "ConnectionError", "ConnectTimeout", "ReadTimeout") and type(error).__module__.split(".")[
+        0
+    ] in ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "builtins"):
         return _no_network(endpoint)
     return None
 

@@ -38,12 +38,12 @@ def reference_copy(model: nn.Module) -> Any:
     A copy of configuration and weights alone leaves behind what training hung onto the instance: the DDP wrapper,
     hooks, and the autocast that Accelerate wraps around `forward` and that would round the logits to bf16.
     """
-    model = getattr(model, "module", model)
-    config = type(model.config).from_dict(model.config.to_dict())
+    source: Any = getattr(model, "module", model)
+    config = type(source.config).from_dict(source.config.to_dict())
     # Straight from the class, so with freshly drawn weights: they are overwritten, but the caller's random state is not.
     with torch.random.fork_rng(devices=[]):
-        copy = type(model)(config)
-    copy.float().load_state_dict({name: tensor.detach().cpu() for name, tensor in model.state_dict().items()})
+        copy = type(source)(config)
+    copy.float().load_state_dict({name: tensor.detach().cpu() for name, tensor in source.state_dict().items()})
     return copy.eval()
 
 
@@ -111,7 +111,7 @@ def onnx_session(path: Path) -> Any:
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
-def _exported_program(reference: nn.Module, max_length: int) -> Any:
+def _exported_program(reference: Any, max_length: int) -> Any:
     from transformers.exporters import OnnxConfig, OnnxExporter
 
     # Two rows: torch.export takes a dimension of size 1 for a constant. Padding in it: without any, some models take
@@ -119,7 +119,7 @@ def _exported_program(reference: nn.Module, max_length: int) -> Any:
     ids, mask = _sample(reference, np.random.default_rng(0), batch=2, length=min(16, max_length))
     batch, sequence = torch.export.Dim("batch"), torch.export.Dim("sequence", min=2, max=max_length)
     config = OnnxConfig(opset_version=OPSET, dynamic_shapes={name: {0: batch, 1: sequence} for name in INPUTS})
-    inputs = dict(zip(INPUTS, (torch.from_numpy(ids), torch.from_numpy(mask)), strict=True))
+    inputs: dict[str, Any] = dict(zip(INPUTS, (torch.from_numpy(ids), torch.from_numpy(mask)), strict=True))
     return OnnxExporter().export(reference, inputs, config).program
 
 
@@ -163,17 +163,11 @@ def _named_axes(program: Any) -> Any:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """The exporter announces every stage, on stdout, in logs and as warnings; none of it is for the user."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "transformers", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    disabled = logging.root.manager.disable
+    before = logging.root.manager.disable
     logging.disable(logging.WARNING)
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
-        logging.disable(disabled)
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        logging.disable(before)

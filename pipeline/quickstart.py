@@ -74,16 +74,15 @@ def step(number: int, text: str) -> None:
     print(f"\n[{number}/6] {text}", flush=True)
 
 
-def fill_hub(hub: HubProcess, assets: Assets) -> None:
-    """The encoder and the data set as two repositories, as if they had always been on the Hub."""
-    from huggingface_hub import HfApi
-
-    api = HfApi(endpoint=hub.url, token=hub.token)
+def fill_hub(environment: dict[str, str], user: str, assets: Assets) -> None:
+    """The encoder and the data set as two repositories, as if they had always been on the Hub, by the `hf` command."""
     for kind, name, folder in (("model", MODEL, assets.encoder), ("dataset", DATASET, assets.r8)):
-        repository = f"{hub.user}/{name}"
-        api.create_repo(repository, repo_type=kind, exist_ok=True)
-        commit = api.upload_folder(repo_id=repository, repo_type=kind, folder_path=folder, commit_message=f"Add {name}")
-        print(f"      {kind:8}{repository} at {commit.oid[:10]}")
+        # The command stands beside this Python. A process of its own, because the client reads its Hub at import.
+        command = [str(Path(sys.executable).with_name("hf")), "upload", f"{user}/{name}", str(folder), "--repo-type", kind]
+        done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=180, check=False)
+        if done.returncode:
+            raise RuntimeError(f"hf upload failed: {done.stderr[-2000:]}")
+        print(f"      {kind:8}{user}/{name}")
 
 
 def train(environment: dict[str, str], repository: str) -> None:
@@ -123,7 +122,9 @@ def serve_and_ask(environment: dict[str, str], repository: str, commit: str) -> 
                     pass
             time.sleep(0.2)
         else:
-            raise UserError(f"The service did not become ready: {(log.read_text(errors='replace').strip().splitlines() or ['no output'])[-1]}")
+            raise UserError(
+                f"The service did not become ready: {(log.read_text(errors='replace').strip().splitlines() or ['no output'])[-1]}"
+            )
         health = ask(f"{url}/health")
         print(f"      GET  {url}/health   -> {json.dumps(health)}")
         print(f"      POST {url}/predict  <- {json.dumps({'text': QUESTION})}")
@@ -175,7 +176,9 @@ def show(summary: dict[str, Any], folder: Path) -> None:
     print("-" * width)
     print("Try next:")
     print(f"  make serve MODEL={place}/run/release                        the API and its page on http://127.0.0.1:8000")
-    print(f"  {shlex.quote(python)} -m pipeline.predict --model {place}/run/release --input configs/own_data_example.csv --output outputs/scored.csv")
+    print(
+        f"  {shlex.quote(python)} -m pipeline.predict --model {place}/run/release --input configs/own_data_example.csv --output outputs/scored.csv"
+    )
     print(f"  make train CONFIG=configs/own_data.yaml ARGS='--model {os.path.relpath(fetch().encoder, ROOT)}'   your own texts", flush=True)
 
 
@@ -192,9 +195,9 @@ def main() -> None:
     step(2, "A Hub on this machine, for the real Hub clients")
     with HubProcess(OUTPUT / "hub") as hub:
         print(f"      {hub.url}")
-        fill_hub(hub, assets)
         # A cache of its own: what this Hub calls local/... must not stand in the user's cache of the real Hub.
         environment = {**os.environ, **hub.env, "HF_HOME": str(OUTPUT / "cache"), "TOKENIZERS_PARALLELISM": "false"}
+        fill_hub(environment, hub.user, assets)
         repository = f"{hub.user}/{RELEASE}"
         step(3, "Fine-tuning with two processes; publishing; pulling back and comparing the golden logits")
         train(environment, repository)

@@ -122,6 +122,7 @@ def _read_folder(path: Path, name: str | None) -> Splits:
             tables = DatasetDict({split: datasets.concatenate_datasets([_read_csv(f) for f in found]) for split, found in files.items()})
         else:
             tables = datasets.load_dataset(str(path), name=name)
+    tables = DatasetDict({str(split): table for split, table in tables.items()})
     return Splits(tables, file_hash([file for found in files.values() for file in found]))
 
 
@@ -131,7 +132,7 @@ def _read_hub(source: str, name: str | None, revision: str | None) -> Splits:
     what = f"dataset '{source}'" + (f" at revision '{revision}'" if revision else "")
     try:
         # Asked first: its answers are precise, and a Hub that is not there costs no half a minute of retries.
-        commit = HfApi().dataset_info(source, revision=revision, timeout=20).sha
+        commit = HfApi().dataset_info(source, revision=revision, timeout=20).sha or ""
     except errors.RevisionNotFoundError as error:
         raise UserError(
             f"The dataset {source} has no revision '{revision}' at {constants.ENDPOINT}. Give one of its branches, tags or commits "

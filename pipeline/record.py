@@ -129,7 +129,13 @@ class Recorder:
         spans = [b["step"] - a for a, b in zip([self._mark["step"], *[log["step"] for log in logs]], logs, strict=False)]
         loss = sum(log["loss"] * n for log, n in zip(logs, spans, strict=True)) / max(1, sum(spans))
         scores = {name: metrics[name] for name in ("accuracy", "macro_f1", "nll", "ece")}
-        entry = {"step": step, "epoch": step / self.steps_per_epoch, "loss": loss, "seconds": seconds, "samples_per_second": rows / max(seconds, 1e-9)}
+        entry = {
+            "step": step,
+            "epoch": step / self.steps_per_epoch,
+            "loss": loss,
+            "seconds": seconds,
+            "samples_per_second": rows / max(seconds, 1e-9),
+        }
         self.epochs.append(entry | scores)
         self._mark = {"step": step, "seconds": self.step_seconds, "logs": len(self.history)}
         value = scores[self.config.best_metric]

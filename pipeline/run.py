@@ -165,7 +165,9 @@ def publish(config: TrainConfig, prepared: Prepared, model: nn.Module, run: dict
     output = Path(config.output_dir)
     write_json(output / "run.json", run)
     texts, validation = prepared.texts, prepared.validation
-    golden = release.choose_golden(texts.validation["text"], texts.validation["label"], validation["length"], config.max_length, seed=config.seed)
+    golden = release.choose_golden(
+        texts.validation["text"], texts.validation["label"], validation["length"], config.max_length, seed=config.seed
+    )
     folder = release.build_release(output / "release", model.cpu(), prepared.tokenizer, run, golden)
     test = run["test"]
     print(
@@ -179,7 +181,11 @@ def publish(config: TrainConfig, prepared: Prepared, model: nn.Module, run: dict
     if config.push_to_hub:
         assert config.hub_repo is not None
         published = hub.publish(folder, config.hub_repo, tag=config.hub_tag, private=config.hub_private)
-        print(f"published   {published.repo} at {published.commit}, tag {published.tag}, proven by pulling it back\n            {published.url}")
-        write_json(output / "published.json", {"repo": published.repo, "commit": published.commit, "tag": published.tag, "url": published.url})
+        print(
+            f"published   {published.repo} at {published.commit}, tag {published.tag}, proven by pulling it back\n            {published.url}"
+        )
+        write_json(
+            output / "published.json", {"repo": published.repo, "commit": published.commit, "tag": published.tag, "url": published.url}
+        )
     else:
         print(f"publish it  python -m pipeline.hub --run {output} --repo your-name/{output.name.replace('_', '-')}", flush=True)

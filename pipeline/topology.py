@@ -102,7 +102,9 @@ def find_topology(config: TrainConfig) -> Topology:
     local_rank, local_world_size = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size)))
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     # The CPU launch files say so in the environment of the launcher only; `--device` is the one switch that always works.
-    device = config.device if config.device != "auto" else ("cuda" if gpus and os.environ.get("ACCELERATE_USE_CPU", "") != "true" else "cpu")
+    device = (
+        config.device if config.device != "auto" else ("cuda" if gpus and os.environ.get("ACCELERATE_USE_CPU", "") != "true" else "cpu")
+    )
     if device == "cuda":
         if not gpus:
             raise UserError("device is cuda, but torch sees no GPU here. Use --device cpu, or auto.")

@@ -63,6 +63,7 @@ class TextTrainer(Trainer):
         # and then cuts them off again, which leaves its loss wrong; here each row is scored once, on one rank.
         with self.recorder.pause():
             place = self.recorder.topology
+            assert self.model is not None
             shard = predict_logits(
                 self.model, self.prepared.validation, self.prepared.collator, self.args.device, rank=place.rank, world_size=place.world_size
             )
@@ -108,7 +109,9 @@ class Conductor(TrainerCallback):
         control.should_log = self.recorder.should_log(state.global_step)
         control.should_evaluate = control.should_save = state.global_step in self.recorder.evaluation_steps
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **_: Any) -> None:
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **_: Any
+    ) -> None:
         if logs and "loss" in logs:
             self.recorder.logged(state.global_step, logs["loss"], logs["learning_rate"], logs.get("grad_norm"))
 

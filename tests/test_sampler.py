@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from pipeline.sampler import GlobalBatchSampler
 
 
-def ranks(lengths: list[int], world_size: int, accumulation: int, rows: int, epoch: int = 0, grouping: bool = True) -> list[list[list[int]]]:
+def ranks(
+    lengths: list[int], world_size: int, accumulation: int, rows: int, epoch: int = 0, grouping: bool = True
+) -> list[list[list[int]]]:
     """Each rank's micro-batches of one epoch."""
     made = []
     for rank in range(world_size):
@@ -26,7 +28,9 @@ def ranks(lengths: list[int], world_size: int, accumulation: int, rows: int, epo
 
 def global_batches(made: list[list[list[int]]], accumulation: int) -> list[list[int]]:
     steps = len(made[0]) // accumulation
-    return [sorted(row for rank in made for micro in rank[s * accumulation : (s + 1) * accumulation] for row in micro) for s in range(steps)]
+    return [
+        sorted(row for rank in made for micro in rank[s * accumulation : (s + 1) * accumulation] for row in micro) for s in range(steps)
+    ]
 
 
 @settings(max_examples=60, deadline=None)
@@ -37,7 +41,9 @@ def global_batches(made: list[list[list[int]]], accumulation: int) -> list[list[
     epoch=st.integers(0, 3),
     grouping=st.booleans(),
 )
-def test_global_batches_do_not_depend_on_the_world(lengths: list[int], world_size: int, accumulation: int, epoch: int, grouping: bool) -> None:
+def test_global_batches_do_not_depend_on_the_world(
+    lengths: list[int], world_size: int, accumulation: int, epoch: int, grouping: bool
+) -> None:
     rows = 24
     alone = global_batches(ranks(lengths, 1, 1, rows, epoch, grouping), 1)
     made = ranks(lengths, world_size, accumulation, rows, epoch, grouping)
@@ -65,7 +71,10 @@ def test_grouping_pads_little_and_balances_ranks(world_size: int, accumulation: 
     per_step = torch.tensor(padded).view(world_size, -1, accumulation).sum(-1).float()
     # How much longer the slowest rank of a step works than the average one: all wait for it.
     assert (per_step.max(0).values / per_step.mean(0)).mean() < 1.03
-    ungrouped = [[len(micro) * max(lengths[i] for i in micro) for micro in rank] for rank in ranks(lengths, world_size, accumulation, 64, grouping=False)]
+    ungrouped = [
+        [len(micro) * max(lengths[i] for i in micro) for micro in rank]
+        for rank in ranks(lengths, world_size, accumulation, 64, grouping=False)
+    ]
     assert sum(map(sum, ungrouped)) > 1.3 * real
 
 

@@ -63,7 +63,7 @@ def from_counts(vector: np.ndarray, label_names: Sequence[str]) -> dict[str, Any
     classes = len(label_names)
     confusion = vector[: classes * classes].reshape(classes, classes)
     examples = confusion.sum()
-    rows, confidence, hits = vector[classes * classes + 1 :].reshape(3, ECE_BINS)
+    _, confidence, hits = vector[classes * classes + 1 :].reshape(3, ECE_BINS)
     true_positive = confusion.diagonal()
     support, predicted = confusion.sum(axis=1), confusion.sum(axis=0)
 

@@ -26,7 +26,9 @@ class TextClassification(evaluate.Metric):
             description=_DESCRIPTION,
             citation="",
             inputs_description="predictions: logits (rows, classes); references: labels (rows,); label_names: optional.",
-            features=datasets.Features({"predictions": datasets.Sequence(datasets.Value("float64")), "references": datasets.Value("int64")}),
+            features=datasets.Features(
+                {"predictions": datasets.Sequence(datasets.Value("float64")), "references": datasets.Value("int64")}
+            ),
         )
 
     def _compute(self, predictions: Any, references: Any, label_names: list[str] | None = None) -> dict[str, Any]:

@@ -1,0 +1,302 @@
+"""Publish a finished run's release to the Hub: one commit, then a tag, then the proof.
+
+    python -m pipeline.hub --run outputs/ag_news --repo your-name/ag-news
+    python -m pipeline.hub --run outputs/ag_news --repo your-name/ag-news --tag v2 --private
+
+The token comes from HF_TOKEN or `hf auth login`, the Hub from HF_ENDPOINT. Publishing the same release again changes
+nothing: it finds commit and tag in place and proves them once more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils.sha import git_hash, sha_fileobj
+
+from pipeline.card import PLACEHOLDER
+from pipeline.config import TrainConfig
+from pipeline.errors import UserError, explain, run_entry
+from pipeline.proof import RELEASE_SUFFIXES, Proof, prove
+
+__all__ = ["Proof", "Published", "check_before_training", "check_write_access", "prove", "publish"]
+
+REQUIRED = ("README.md", "config.json", "golden.json", "model.safetensors", "run.json", "tokenizer.json")
+# Left over from an earlier release these would be loaded beside the new files and contradict them. All else that a
+# repository holds is its owner's and stays.
+SUPERSEDED = ("onnx/model.onnx", "onnx/model.onnx_data", "onnx/model.onnx.data", "vocab.txt", "merges.txt", "special_tokens_map.json",
+              "added_tokens.json", "model.safetensors.index.json", "confusion_matrix.png", "training_curve.png")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Published:
+    """A release on the Hub; `tag` points at `commit`, and `proof` is what pulling it back has shown."""
+
+    repo: str
+    commit: str
+    tag: str
+    url: str
+    proof: Proof
+
+
+def check_before_training(config: TrainConfig, api: HfApi | None = None) -> None:
+    """With `push_to_hub` set: is there a token, and may it write to `hub_repo`? Asked before hours are spent; writes nothing.
+
+    Raises UserError, also when the Hub cannot be reached.
+    """
+    if config.push_to_hub:
+        assert config.hub_repo is not None, "TrainConfig asks for hub_repo with push_to_hub"
+        api = api or HfApi()
+        if config.hub_tag is not None:
+            _check_tag_name(config.hub_tag)
+        with _advice(api, config.hub_repo, "Train without --push_to_hub and publish later with `python -m pipeline.hub`."):
+            check_write_access(config.hub_repo, api)
+
+
+def check_write_access(repo: str, api: HfApi) -> None:
+    """Raises UserError unless `repo` is a legal name in a namespace that the token may write to."""
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise UserError(f"'{repo}' cannot be a repository: {str(error).splitlines()[0]} Allowed is owner/name.") from error
+    owner, slash, _ = repo.partition("/")
+    if not slash:
+        raise UserError(f"'{repo}' names no owner: allowed is owner/name, for example your-name/{repo}.")
+    if not (api.token or get_token()):
+        raise UserError(f"Publishing to {repo} needs a token: run `hf auth login`, or set HF_TOKEN to a token with the right to write.")
+    try:
+        me = api.whoami()
+    except HfHubHTTPError as error:
+        if error.response.status_code != 401:
+            raise
+        raise UserError(
+            f"The Hub at {api.endpoint} does not know this token. HF_TOKEN goes before a stored login: set it to a valid one, or "
+            "unset it and run `hf auth login`."
+        ) from error
+    token = me.get("auth", {}).get("accessToken", {})
+    if token.get("role") == "read":
+        raise UserError(
+            f"The token '{token.get('displayName', '')}' of {me['name']} may only read. Make one with the right to write under "
+            "Settings > Access Tokens, then `hf auth login` or set HF_TOKEN."
+        )
+    organisations = {entry["name"]: entry.get("roleInOrg") for entry in me.get("orgs", [])}
+    allowed = [me["name"], *(name for name, role in organisations.items() if role != "read")]
+    if owner not in allowed:
+        raise UserError(f"You are {me['name']} and may not write to '{owner}'. Allowed are {', '.join(f'{name}/...' for name in allowed)}.")
+    scoped = token.get("fineGrained", {}).get("scoped")
+    if token.get("role") == "fineGrained" and scoped is not None:
+        rights = {right for scope in scoped if scope["entity"].get("name") in (owner, repo) for right in scope["permissions"]}
+        if "repo.write" not in rights:
+            raise UserError(
+                f"The fine-grained token '{token.get('displayName', '')}' may not write to {repo}: give it write access to {owner}."
+            )
+
+
+def publish(
+    folder: Path, repo: str, *, tag: str | None = None, private: bool = False, message: str | None = None, api: HfApi | None = None
+) -> Published:
+    """Put a release folder into the model repository `repo` (made if need be), tag it, and prove it.
+
+    One commit on main, which fails rather than overwrites when somebody else commits meanwhile; files of the repository
+    that are no part of a release stay. Then the tag. Then the proof; when it fails, a tag made here is taken back, so
+    that a tag is always a proven release.
+
+    Args:
+        folder: what `build_release` made.
+        tag: its name; None: the one this release already has, else v1 or the next free v2, v3...
+        private: make a new repository private; refused for one that is public.
+        api: client of another Hub or with another token than the environment's.
+
+    Raises:
+        UserError: no or insufficient token, somebody else's namespace, a tag that is taken by another release, quota,
+            network, or a failed proof.
+    """
+    folder, api = Path(folder), api or HfApi()
+    files = _release_files(folder, repo)
+    if tag is not None:
+        _check_tag_name(tag)
+    kept = f"Nothing is lost: the release stays in {folder}; run `python -m pipeline.hub --run {folder.parent} --repo {repo}` again then."
+    with _advice(api, repo, kept):
+        check_write_access(repo, api)
+        repo = api.create_repo(repo, private=private or None, exist_ok=True).repo_id
+        if private and not api.model_info(repo).private:
+            raise UserError(
+                f"{repo} exists already and is public; it was asked for as private. Make it so first (`hf repos settings {repo} "
+                "--private`), leave --private out, or choose another name."
+            )
+        refs = api.list_repo_refs(repo)
+        tags = {ref.name: ref.target_commit for ref in refs.tags}
+        branches = {ref.name: ref.target_commit for ref in refs.branches}
+        if tag in branches:
+            raise UserError(f"'{tag}' is a branch of {repo}; a tag of the same name would be ambiguous. Choose another, for example v1.")
+        if tag in tags and not _holds(api, repo, tags[tag], files):
+            raise UserError(
+                f"The tag '{tag}' of {repo} belongs to another release. Taken are {', '.join(sorted(tags))}; choose another, or leave "
+                f"--tag out for {_next_tag(tags)}."
+            )
+        if tag in tags:
+            commit = tags[tag]
+        else:
+            commit = _commit(api, repo, branches.get("main"), files, message or f"Release of {folder.parent.name}")
+            tag = tag or next((name for name, at in tags.items() if at == commit and re.fullmatch(r"v\d+", name)), None) or _next_tag(tags)
+        fresh = tag not in tags
+        if fresh:
+            api.create_tag(repo, tag=tag, revision=commit)
+        try:
+            proof = prove(repo, commit, api)
+        except BaseException as error:
+            if not fresh:
+                raise
+            with contextlib.suppress(Exception):
+                api.delete_tag(repo, tag=tag)
+            if isinstance(error, UserError):
+                raise UserError(f"{error} (The tag {tag} was taken back.)") from error
+            raise
+    return Published(repo, commit, tag, f"{api.endpoint}/{repo}/tree/{tag}", proof)
+
+
+def _release_files(folder: Path, repo: str) -> dict[str, Path | bytes]:
+    """Path in the repository -> file or content. Raises UserError when the folder is no whole release."""
+    missing = [name for name in REQUIRED if not (folder / name).is_file()]
+    if missing:
+        raise UserError(f"{folder} is no release: {', '.join(missing)} missing. Run the training command again; it makes the release anew.")
+    files: dict[str, Path | bytes] = {
+        str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix in RELEASE_SUFFIXES
+    }
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    files["README.md"] = card.replace(PLACEHOLDER, repo).encode()
+    return files
+
+
+def _commit(api: HfApi, repo: str, head: str | None, files: Mapping[str, Path | bytes], message: str) -> str:
+    """The commit on main that holds exactly these files of a release; makes it unless `head` does already."""
+    if head and _holds(api, repo, head, files):
+        return head
+    stale = _stale(api, repo, head, files) if head else []
+    operations = [CommitOperationDelete(path) for path in stale]
+    # create_commit and not upload_folder: with Xet that one may split a large folder into several commits.
+    return api.create_commit(
+        repo,
+        operations=[*operations, *(CommitOperationAdd(name, content) for name, content in files.items())],
+        commit_message=message,
+        parent_commit=head,
+    ).oid
+
+
+def _holds(api: HfApi, repo: str, commit: str, files: Mapping[str, Path | bytes]) -> bool:
+    """Whether the repository at `commit` has exactly this release, compared by hash."""
+    there: dict[str, Any] = {entry.path: entry for entry in api.get_paths_info(repo, list(files), revision=commit)}
+    for name, content in files.items():
+        entry = there.get(name)
+        if entry is None:
+            return False
+        if entry.lfs is None:
+            data = content if isinstance(content, bytes) else content.read_bytes()
+            if git_hash(data) != entry.blob_id:
+                return False
+        else:
+            assert isinstance(content, Path), "the card is no large file"
+            with content.open("rb") as file:
+                if sha_fileobj(file).hex() != entry.lfs.sha256:
+                    return False
+    return not _stale(api, repo, commit, files)
+
+
+def _stale(api: HfApi, repo: str, commit: str, files: Mapping[str, Any]) -> list[str]:
+    return [entry.path for entry in api.get_paths_info(repo, [name for name in SUPERSEDED if name not in files], revision=commit)]
+
+
+def _next_tag(tags: Mapping[str, str]) -> str:
+    numbers = [int(name[1:]) for name in tags if re.fullmatch(r"v\d+", name)]
+    return f"v{max(numbers, default=0) + 1}"
+
+
+def _check_tag_name(tag: str) -> None:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", tag) or ".." in tag or tag.endswith((".", ".lock")):
+        raise UserError(f"'{tag}' cannot be a tag: allowed are letters, digits, '.', '_' and '-', starting with a letter or digit. Try v1.")
+
+
+@contextlib.contextmanager
+def _advice(api: HfApi, repo: str, afterwards: str) -> Iterator[None]:
+    """The Hub's refusals as one line that a person can act on; `afterwards` says how to go on."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        line = _advice_line(error, api, repo)
+        if line is None:
+            raise
+        raise UserError(f"{line} {afterwards}") from error
+
+
+def _advice_line(error: Exception, api: HfApi, repo: str) -> str | None:
+    response = getattr(error, "response", None)
+    status = getattr(response, "status_code", None)
+    said = getattr(error, "server_message", None) or ""
+    if status == 412:
+        return f"Somebody else committed to {repo} while this release was on its way, so it was not put over theirs."
+    if status in (402, 413, 507) or (status == 403 and re.search(r"quota|storage|limit|exceed|upgrade", said, re.IGNORECASE)):
+        return f"The Hub has no room for {repo} ({status}: {said or 'quota'}). Delete old repositories or get more storage."
+    if status == 409:
+        return f"The Hub at {api.endpoint} refused {repo} for a clash ({said or 'conflict'})."
+    if status == 429:
+        return f"The Hub at {api.endpoint} asks for a pause: too many requests. Wait five minutes."
+    if status is not None and status >= 500:
+        return f"The Hub at {api.endpoint} has trouble of its own ({status}). Try later."
+    if line := explain(error):
+        return line
+    # The client lets its HTTP library's own errors through, and Xet's, which are built-in.
+    names = {kind.__name__ for kind in type(error).__mro__}
+    if names & {"TransportError", "ConnectionError", "TimeoutError"}:
+        return f"The Hub at {api.endpoint} cannot be reached ({str(error) or type(error).__name__}). Check network and HF_ENDPOINT."
+    if isinstance(error, ValueError) and "README.md" in str(error):
+        return f"The Hub refuses the model card: {str(error)} Correct README.md in the release folder."
+    return None
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}. Usage: python -m pipeline.hub --run outputs/NAME --repo owner/name [--tag v2] [--private]")
+
+
+def main(argv: Sequence[str]) -> None:
+    description = "Publish the release of a finished run: one commit, a tag, and the proof by pulling it back."
+    parser = _Parser(prog="python -m pipeline.hub", description=description, allow_abbrev=False)
+    parser.add_argument("--run", required=True, type=Path, help="Folder of the finished run, for example outputs/ag_news.")
+    parser.add_argument("--repo", required=True, help="owner/name of the model repository; made if it does not exist.")
+    parser.add_argument("--tag", help="Name of the release; none: v1, or the next free v2, v3, ...")
+    parser.add_argument("--private", action="store_true", help="Create the repository as private.")
+    parser.add_argument("--message", help="Commit message.")
+    arguments = parser.parse_args(argv)
+    published = publish(_release_of(arguments.run), arguments.repo, tag=arguments.tag, private=arguments.private, message=arguments.message)
+    print(
+        f"repository  {published.repo}\ncommit      {published.commit}\ntag         {published.tag}\n"
+        f"proof       {published.proof}\nat          {published.url}",
+        flush=True,
+    )
+
+
+def _release_of(run: Path) -> Path:
+    if not run.is_dir():
+        others = sorted(str(path.parent) for path in run.parent.glob("*/release") if path.is_dir()) if run.parent.is_dir() else []
+        raise UserError(f"No run at {run}. {'There are ' + ', '.join(others) + '.' if others else 'Train one first: make train.'}")
+    if not (run / "release").is_dir():
+        raise UserError(
+            f"{run} holds no release: its training is not finished. Run its command again, it goes on from the newest checkpoint "
+            f"and ends with {run / 'release'}."
+        )
+    return run / "release"
+
+
+if __name__ == "__main__":
+    sys.exit(run_entry(lambda: main(sys.argv[1:])))

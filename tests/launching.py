@@ -1,0 +1,79 @@
+"""Launch real runs as a user does, and make sure that nothing of them outlives the test."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def environment(**extra: str) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "0", "PYTHONUNBUFFERED": "1", **extra}
+
+
+def family(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    """The process and all below it; workers sit in sessions of their own, but their parents are known."""
+    try:
+        top = psutil.Process(process.pid)
+        return [top, *top.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
+    return [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+
+
+@contextmanager
+def started(arguments: list[str], cwd: Path = ROOT, module: str = "pipeline.launch", **extra: str) -> Iterator[subprocess.Popen[str]]:
+    """`python -m MODULE ARGUMENTS` in the background; whatever is left of it at the end of the block is killed."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", module, *arguments],
+        cwd=cwd,
+        env=environment(**extra),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    try:
+        yield process
+    finally:
+        for member in family(process):
+            member.kill()
+        process.wait(30)
+
+
+def launch(
+    arguments: list[str], timeout: float = 240, module: str = "pipeline.launch", cwd: Path = ROOT, **extra: str
+) -> subprocess.CompletedProcess[str]:
+    """Run to the end; returns code, stdout and stderr. The process family must be gone by then."""
+    with started(arguments, cwd=cwd, module=module, **extra) as process:
+        seen: dict[int, psutil.Process] = {}
+        deadline = time.monotonic() + timeout
+        # communicate() in slices, so that the workers are seen while they live.
+        while True:
+            seen |= {p.pid: p for p in family(process)}
+            try:
+                out, err = process.communicate(timeout=1)
+                break
+            except subprocess.TimeoutExpired:
+                if time.monotonic() > deadline:
+                    process.send_signal(signal.SIGABRT)
+                    raise
+        left = alive([p for p in seen.values() if p.pid != process.pid])
+        psutil.wait_procs(left, timeout=5)
+        assert not alive(left), f"left behind: {left}"
+        return subprocess.CompletedProcess(arguments, process.returncode, out, err)
+
+
+def error_lines(done: subprocess.CompletedProcess[str]) -> list[str]:
+    return [line for line in done.stderr.splitlines() if line.startswith("error")]

@@ -1,0 +1,153 @@
+"""A user's mistake ends in one line and exit code 2, with a launcher in between or not, and loses nothing."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from launching import ROOT, error_lines, launch
+
+from pipeline.errors import explain
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small file of a person's own texts."""
+    path = tmp_path_factory.mktemp("texts") / "mine.csv"
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["text", "label"])
+        writer.writerows([f"the {word} number {i} arrived late", word] for i in range(60) for word in ("parcel", "invoice"))
+    return path
+
+
+def one_line(done: subprocess.CompletedProcess[str], *words: str, code: int = 2) -> None:
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr, done.stderr
+    lines = error_lines(done)
+    assert len(lines) == 1, done.stderr
+    assert all(word in lines[0] for word in words), lines[0]
+
+
+@pytest.mark.parametrize("kind", ["train", "train-ddp", "train-raw-ddp"])
+def test_a_launcher_adds_nothing_to_the_one_line(texts: Path, tmp_path: Path, kind: str) -> None:
+    """Found while rank 0 reads the data and the other ranks wait for it."""
+    one = tmp_path / "one.csv"
+    one.write_text("text,label\n" + "only this,same\n" * 40, encoding="utf-8")
+    done = launch([kind, "--device", "cpu", "--dataset", str(one), "--model", "nobody/needs-this", "--output_dir", str(tmp_path / "run")],
+                  HF_ENDPOINT="http://127.0.0.1:9", HF_HUB_OFFLINE="1")  # fmt: skip
+    assert done.returncode == 2 and len(error_lines(done)) == 1 and "Traceback" not in done.stderr, done.stderr
+    assert "ChildFailedError" not in done.stderr and "closing signal" not in done.stderr
+
+
+def test_the_make_target_gives_the_line_and_the_code(tmp_path: Path) -> None:
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text("learning_rat: 1e-4\n", encoding="utf-8")
+    command = ["make", "-s", "-o", ".venv/.requirements", "train-ddp", f"CONFIG={wrong}", "ARGS=--device cpu"]
+    if not (ROOT / ".venv" / "bin" / "python").exists():
+        pytest.skip("the Make targets use .venv")
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    one_line(done, str(wrong), "'learning_rat'", "Did you mean 'learning_rate'?")
+    others = [line for line in done.stderr.splitlines() if not line.startswith(("error", "make"))]
+    assert not others, others
+
+
+def train(tmp_path: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return launch([*arguments, "--device", "cpu", "--output_dir", str(tmp_path / "run")], module="pipeline.train",
+                  **({"HF_HOME": str(tmp_path / "home")} | environment))  # fmt: skip
+
+
+def test_no_network_and_no_hub(tmp_path: Path, texts: Path) -> None:
+    done = train(tmp_path, "--dataset", str(texts), HF_ENDPOINT="http://127.0.0.1:9")
+    one_line(done, "http://127.0.0.1:9", "cannot be reached", "make hub")
+
+
+def test_no_such_model_dataset_or_revision(tmp_path: Path, texts: Path, tiny_model_dir: Path, local_hub: Any) -> None:
+    from huggingface_hub import HfApi
+
+    api = HfApi(endpoint=local_hub.url, token=local_hub.token)
+    api.create_repo(f"{local_hub.user}/tiny-errors")
+    api.upload_folder(repo_id=f"{local_hub.user}/tiny-errors", folder_path=tiny_model_dir)
+    one_line(train(tmp_path, "--dataset", str(texts), "--model", "nobody/nothing", **local_hub.env), "nobody/nothing", "No such repository")
+    done = train(tmp_path, "--dataset", str(texts), "--model", f"{local_hub.user}/tiny-errors", "--model_revision", "v9", **local_hub.env)
+    one_line(done, "tiny-errors", "v9", "evision")
+    one_line(train(tmp_path, "--dataset", "nobody/nothing", "--model", str(tiny_model_dir), **local_hub.env), "nobody/nothing")
+
+
+def test_a_token_that_may_not_write_is_found_before_training(tmp_path: Path, texts: Path, tiny_model_dir: Path, local_hub: Any) -> None:
+    push = ["--dataset", str(texts), "--model", str(tiny_model_dir), "--push_to_hub", "--hub_repo"]
+    reader = local_hub.add_user("reader", "read")
+    done = train(tmp_path, *push, "reader/mine", **(local_hub.env | {"HF_TOKEN": reader}))
+    one_line(done, "write")
+    assert "training" not in done.stderr and not (tmp_path / "run").exists(), "nothing was trained in vain"
+    one_line(train(tmp_path, *push, "somebody-else/theirs", **local_hub.env), "somebody-else")
+    without = {name: value for name, value in local_hub.env.items() if name != "HF_TOKEN"}
+    one_line(train(tmp_path, *push, f"{local_hub.user}/mine", **without), "hf auth login", "HF_TOKEN")
+
+
+def test_a_model_that_is_no_folder_and_a_text_too_long_for_it(tmp_path: Path, texts: Path, tiny_model_dir: Path) -> None:
+    one_line(train(tmp_path, "--dataset", str(texts), "--model", "./not/here"), "./not/here", "no folder")
+    one_line(train(tmp_path, "--dataset", str(texts), "--model", str(tiny_model_dir), "--max_length", "1000"), "max_length is 1000", "512")
+    done = train(tmp_path, "--dataset", str(texts), "--model", str(tiny_model_dir), "--global_batch_size", "500")
+    one_line(done, "fewer than one global batch of 500", "--global_batch_size")
+
+
+def test_a_full_disk_while_saving_loses_nothing(tmp_path: Path, texts: Path, tiny_model_dir: Path) -> None:
+    """The disk is really full: /dev/full where the first checkpoint's weights go; afterwards the same command goes on."""
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+    settings = ["--dataset", str(texts), "--model", str(tiny_model_dir), "--epochs", "3", "--validation_share", "0.2"]
+    # 120 rows: 108 left of a test share, 87 of a validation share, 2 steps of 32 an epoch.
+    (tmp_path / "run").mkdir()
+    blocked = tmp_path / "run" / "run.json.tmp"
+    blocked.symlink_to("/dev/full")
+    one_line(train(tmp_path, *settings), "disk is full", "run the same command again")
+    saved = sorted(p.name for p in (tmp_path / "run").glob("checkpoint-*"))
+    assert saved and all((tmp_path / "run" / name / "manifest.json").is_file() for name in saved)
+    blocked.unlink(missing_ok=True)
+    done = train(tmp_path, *settings)
+    assert done.returncode == 0, done.stderr
+    assert "resumed     after step" in done.stdout
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["test"]["examples"] == 12
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Any:
+    """A disk of one megabyte, where this user may mount one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if (
+        os.geteuid()
+        or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True, check=False).returncode
+    ):
+        pytest.skip("mounting a small disk needs root")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_every_writer_of_weights_is_understood_when_the_disk_is_full(small_disk: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    weights = {"a": torch.zeros(1_000_000)}
+    for write in (lambda: save_file(weights, small_disk / "a.safetensors"), lambda: torch.save(weights, small_disk / "a.pt")):
+        with pytest.raises(Exception) as caught:
+            write()
+        assert "disk is full" in (explain(caught.value) or ""), caught.value
+        for path in small_disk.iterdir():
+            path.unlink()
+
+
+def test_debug_shows_the_traceback_too(tmp_path: Path) -> None:
+    done = train(tmp_path, "--dataset", "no-such-file.csv", "--debug")
+    assert done.returncode == 2 and "Traceback" in done.stderr and len(error_lines(done)) == 1
+
+
+def test_a_defect_of_ours_is_not_dressed_up() -> None:
+    assert explain(KeyError("x")) is None
+    assert explain(RuntimeError("shape mismatch")) is None
