@@ -32,9 +32,9 @@ def confusion_matrix(matrix: np.ndarray, labels: list[str]) -> Figure:
     axes = figure.subplots()
     shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    names = [name if len(name) <= 22 else name[:21] + "…" for name in labels]
+    names = [name if len(name) <= 22 else f"{name[:11]}…{name[-10:]}" for name in labels]
     small = 9 if classes <= 12 else 7
-    axes.set_xticks(range(classes), names, rotation=40, ha="right", rotation_mode="anchor", fontsize=small)
+    axes.set_xticks(range(classes), names, rotation=40 if classes <= 20 else 90, ha="right", rotation_mode="anchor", fontsize=small)
     axes.set_yticks(range(classes), names, fontsize=small)
     axes.set_xlabel("predicted", color=INK)
     axes.set_ylabel("true", color=INK)

@@ -209,7 +209,7 @@ def _repeated(train: Dataset, test: Dataset, label_names: list[str]) -> list[str
             repeats.append(row)
             if labels[seen] != labels[row]:
                 contradicting.setdefault(key, row)
-    leaked = [text for text in test["text"] if " ".join(text.casefold().split()) in first]
+    leaked = [text for text in test["text"][:] if " ".join(text.casefold().split()) in first]
     warnings = []
     if repeats:
         share = len(repeats) / len(texts)

@@ -79,6 +79,8 @@ def _explain_hub(error: BaseException) -> str | None:
     response = getattr(error, "response", None)
     status = getattr(response, "status_code", None)
     url = str(getattr(response, "url", "")) or endpoint
+    if "HF_HUB_DISABLE_XET" in str(error):
+        return f"The Hub at {endpoint} does not speak Xet: set HF_HUB_DISABLE_XET=1 and run the command again."
     if isinstance(error, hub.RevisionNotFoundError):
         return f"No such revision at {url}. Look at the repository's branches, tags and commits, or leave the revision out for main."
     if isinstance(error, hub.GatedRepoError):

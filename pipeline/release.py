@@ -74,10 +74,12 @@ def build_release(folder: Path, model: nn.Module, tokenizer: Any, record: Mappin
     reference.config.label2id = {name: i for i, name in enumerate(label_names)}
     with no_progress_bar():
         reference.save_pretrained(building, max_shard_size="100GB")  # one file, whatever its size
+    # The file is made readable by its owner only; whoever serves the folder may be another user.
+    (building / "model.safetensors").chmod((building / "config.json").stat().st_mode)
     tokenizer = release_tokenizer(tokenizer, max_length)
     tokenizer.save_pretrained(building)
 
-    logits = [single_logits(reference, tokenizer, text) for text, _ in golden]
+    logits = golden_logits(reference, tokenizer, [text for text, _ in golden])
     examples = [{"text": text, "label": label, "logits": row} for (text, label), row in zip(golden, logits, strict=True)]
     write_json(building / "golden.json", {"format": 1, "max_length": max_length, "label_names": label_names, "examples": examples})
     try:
@@ -107,12 +109,18 @@ def release_tokenizer(tokenizer: Any, max_length: int) -> Any:
     return tokenizer
 
 
-def single_logits(model: nn.Module, tokenizer: Any, text: str) -> list[float]:
-    """`(classes,)` logits of one text alone. Alone, because padding beside a longer text moves the last bits: this is the
-    number a client gets for this text whatever else it is asked. Exact: a float32 is a JSON number without loss."""
-    tokens = tokenizer(text, truncation=True, return_tensors="pt")
-    with torch.inference_mode():
-        return model(**tokens).logits[0].tolist()
+def golden_logits(model: nn.Module, tokenizer: Any, texts: Sequence[str]) -> list[list[float]]:
+    """`(texts, classes)` logits, each text alone: padding beside a longer one moves the last bits, and this is what a client
+    gets for this text whatever else it asks. A float32 is a JSON number without loss."""
+    threads = torch.get_num_threads()
+    # One thread: the order of summation does not hang on the machine, and on cores shared with others it is the faster way
+    # for such small pieces (threads that wait for each other spin).
+    torch.set_num_threads(1)
+    try:
+        with torch.inference_mode():
+            return [model(**tokenizer(text, truncation=True, return_tensors="pt")).logits[0].tolist() for text in texts]
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _showpiece(golden: Sequence[tuple[str, int]]) -> str | None:

@@ -61,7 +61,7 @@ def prepare(config: TrainConfig, topology: Topology, plan: BatchPlan) -> Prepare
     if speaks and config.push_to_hub:
         hub.check_before_training(config)
     tokenizer = load_tokenizer(config)
-    texts = load_texts(config)
+    texts = load_texts(config, show_progress=speaks)
     if speaks:
         for warning in texts.warnings:
             print(f"warning: {warning}", flush=True)

@@ -26,7 +26,6 @@ precision: fp32
 device: cpu
 evals_per_epoch: 2
 logging_steps: 1
-class_weights: balanced
 """
 
 
@@ -97,7 +96,8 @@ def test_what_a_run_says_and_records(trainer2: dict[str, Any], raw2: dict[str, A
         assert record["test"]["examples"] == 2189
         assert record["best"]["step"] in {e["step"] for e in record["epochs"]}
         assert max(e["macro_f1"] for e in record["epochs"]) == record["best"]["value"]
-        assert record["history"][-1]["loss"] < 0.8 * record["history"][0]["loss"], "it learns"
+        loss = [h["loss"] for h in record["history"]]
+        assert sum(loss[-20:]) < 0.8 * sum(loss[:20]), "it learns"
         assert record["train_seconds"] > 0 and record["samples_per_second"] > 0
     assert list((trainer2["folder"] / "runs").glob("events*")), "TensorBoard was asked for"
     assert not (raw2["folder"] / "runs").exists()
@@ -110,7 +110,7 @@ def test_checkpoints_kept_are_the_newest_and_the_best(raw2: dict[str, Any]) -> N
 
 def test_one_process_and_accumulation_learn_the_same(workshop: Path) -> None:
     """Dropout off: its masks depend on the rank. What is left is rounding, which Adam amplifies."""
-    options = ("--dropout", "0", "--max_steps", "20")
+    options = ("--dropout", "0", "--max_steps", "20", "--class_weights", "balanced")
     one = train(workshop, "train", "one", *options)
     accumulated = train(workshop, "train-raw-ddp", "accumulated", *options, "--max_per_device_batch_size", "4")
     assert one["record"]["batch"] == {"global": 16, "per_device": 16, "accumulation": 1, "world_size": 1}
@@ -188,7 +188,7 @@ def test_the_missions_command_from_hub_to_service(
     for repository, kind, folder in (
         ("fancyzhx/ag_news", "dataset", ag_news_dir), ("distilbert/distilbert-base-uncased", "model", tiny_model_dir),
     ):  # fmt: skip
-        owner = HfApi(endpoint=local_hub.url, token=local_hub.add_user(repository.split("/")[0]))
+        owner = HfApi(endpoint=local_hub.url, token=local_hub.token)  # the local Hub's user owns these namespaces too
         owner.create_repo(repository, repo_type=kind)
         owner.upload_folder(repo_id=repository, repo_type=kind, folder_path=folder)
     environment = local_hub.env | {"HF_HOME": str(tmp_path / "home")}
