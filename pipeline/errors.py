@@ -99,9 +99,12 @@ def _explain_hub(error: BaseException) -> str | None:
             f"The Hub refused ({status}) at {url}: the token is missing, wrong or may only read. Make one with the right to "
             "write under Settings > Access Tokens, then `hf auth login` or set HF_TOKEN."
         )
-    if type(error).__name__ in ("ConnectError", "ConnectionError", "ConnectTimeout", "ReadTimeout") and type(error).__module__.split(".")[
-        0
-    ] in ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "builtins"):
+    if status == 429:
+        return f"The Hub at {endpoint} asks for a pause: too many requests. Wait five minutes, then run the same command again."
+    if status is not None and status >= 500:
+        return f"The Hub at {endpoint} has trouble of its own ({status}). Run the same command again later."
+    # The client lets the errors of its HTTP library through, whose name has changed before: go by their family.
+    if {kind.__name__ for kind in type(error).__mro__} & {"TransportError", "ConnectionError"}:
         return _no_network(endpoint)
     return None
 

@@ -151,3 +151,11 @@ def test_debug_shows_the_traceback_too(tmp_path: Path) -> None:
 def test_a_defect_of_ours_is_not_dressed_up() -> None:
     assert explain(KeyError("x")) is None
     assert explain(RuntimeError("shape mismatch")) is None
+
+
+def test_a_hub_that_is_not_there_is_understood_from_the_client_itself() -> None:
+    from huggingface_hub import HfApi
+
+    with pytest.raises(Exception) as caught:
+        HfApi(endpoint="http://127.0.0.1:9").model_info("nobody/nothing")
+    assert "cannot be reached" in (explain(caught.value) or ""), caught.value
