@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from pipeline.errors import UserError
 from pipeline.metrics import log_softmax
 
 MIN_ROWS = 20  # with fewer validation rows the fit is noise: leave the model as it is
@@ -32,12 +33,12 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
         T within [0.2, 10]; 1.0 with fewer than 20 rows.
 
     Raises:
-        ValueError: logits that are not finite; no temperature repairs a model that diverged.
+        UserError: logits that are not finite; no temperature repairs a model that diverged.
     """
     z = np.asarray(logits, dtype=np.float64)
     labels = np.asarray(labels, dtype=np.int64)
     if not np.isfinite(z).all():
-        raise ValueError("Logits hold NaN or infinity: training diverged. Lower --learning_rate, or use --precision fp32.")
+        raise UserError("Logits hold NaN or infinity: training diverged. Lower --learning_rate, or use --precision fp32.")
     rows = len(labels)
     if rows < MIN_ROWS:
         return 1.0

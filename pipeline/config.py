@@ -80,6 +80,7 @@ class TrainConfig:
     save_total_limit: int = _option(2, "Complete checkpoints kept beside the best one, at least 1.")
     logging_steps: int = _option(10, "Optimizer steps between logged training losses.")
     tracker: Literal["none", "tensorboard"] = _option("none", "Also log for TensorBoard under <output_dir>/runs.")
+    onnx: bool = _option(True, "Put onnx/model.onnx into the release, for the service and browsers (some ten seconds).")
     push_to_hub: bool = _option(False, "After training publish the release to `hub_repo`, tag it and prove it.")
     hub_repo: str | None = _option(None, "owner/name of the model repository to publish to.")
     hub_tag: str | None = _option(None, "Tag of the release; none: v1, or the next free v2, v3, ...")

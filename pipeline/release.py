@@ -83,7 +83,8 @@ def build_release(folder: Path, model: nn.Module, tokenizer: Any, record: Mappin
     examples = [{"text": text, "label": label, "logits": row} for (text, label), row in zip(golden, logits, strict=True)]
     write_json(building / "golden.json", {"format": 1, "max_length": max_length, "label_names": label_names, "examples": examples})
     try:
-        export_onnx(reference, building / ONNX_FILE, max_length)
+        if record["config"]["onnx"]:
+            export_onnx(reference, building / ONNX_FILE, max_length)
     except ExportError as error:
         print(f"warning: the release has no {ONNX_FILE}. {error}", flush=True)
     card_images(record, building)
