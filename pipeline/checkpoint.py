@@ -23,23 +23,10 @@ MANIFEST = "manifest.json"
 
 # What may differ between the run that wrote a checkpoint and the one that goes on from it: where it runs and what it
 # tells, not what it learns. (Rows per device and the number of processes may change: the global batch does not.)
-FREE_FIELDS = frozenset(
-    [
-        "max_per_device_batch_size",
-        "device",
-        "cpu_threads",
-        "dataloader_workers",
-        "output_dir",
-        "resume",
-        "save_total_limit",
-        "tracker",
-        "push_to_hub",
-        "hub_repo",
-        "hub_tag",
-        "hub_private",
-        "debug",
-    ]
-)
+FREE_FIELDS = {
+    "max_per_device_batch_size", "device", "cpu_threads", "dataloader_workers", "output_dir", "resume", "save_total_limit",
+    "tracker", "onnx", "push_to_hub", "hub_repo", "hub_tag", "hub_private", "debug",
+}  # fmt: skip
 
 
 def checkpoint_folder(output_dir: str | Path, step: int) -> Path:

@@ -59,3 +59,20 @@ def test_make_targets_pick_the_topology(kind: str, gpus: int, arguments: list[st
     assert all(word in " ".join(command) for word in words), command
     on_gpu = "gpu" in " ".join(command) or "--nproc_per_node 4" in " ".join(command)
     assert why.startswith("GPU" if on_gpu else "CPU")
+
+
+def test_class_weights_do_not_depend_on_how_rows_are_dealt() -> None:
+    """The mean over ranks of the micro-batches' weighted means is the global batch's weighted mean; torch's own is not."""
+    import torch
+
+    from pipeline.model import classification_loss
+
+    draw = torch.Generator().manual_seed(0)
+    logits, labels = torch.randn(16, 3, generator=draw), torch.tensor([0] * 11 + [1] * 4 + [2])
+    weights = torch.tensor([0.5, 1.3, 5.0])
+    whole = classification_loss(logits, labels, weights)
+    halves = torch.stack([classification_loss(logits[s], labels[s], weights) for s in (slice(0, 8), slice(8, 16))]).mean()
+    assert torch.allclose(whole, halves, atol=1e-6)
+    torchs = torch.stack([torch.nn.functional.cross_entropy(logits[s], labels[s], weights) for s in (slice(0, 8), slice(8, 16))]).mean()
+    assert not torch.allclose(torch.nn.functional.cross_entropy(logits, labels, weights), torchs, atol=1e-2)
+    assert torch.allclose(classification_loss(logits, labels, torch.ones(3)), classification_loss(logits, labels))

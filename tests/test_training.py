@@ -26,6 +26,7 @@ precision: fp32
 device: cpu
 evals_per_epoch: 2
 logging_steps: 1
+onnx: false
 """
 
 
@@ -38,7 +39,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path, r8_
 
 
 def train(workshop: Path, kind: str, name: str, *options: str) -> dict[str, Any]:
-    done = launch([kind, str(workshop / "run.yaml"), "--output_dir", str(workshop / name), *options])
+    done = launch([kind, str(workshop / "run.yaml"), "--output_dir", str(workshop / name), *options], timeout=400)
     assert done.returncode == 0, done.stderr
     record = json.loads((workshop / name / "run.json").read_text(encoding="utf-8"))
     return {"record": record, "out": done.stdout, "err": done.stderr, "folder": workshop / name}
