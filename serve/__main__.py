@@ -1,0 +1,83 @@
+"""Starts the service.
+
+    python -m serve --model user/repo --revision v1 [--host 127.0.0.1] [--port 8000]
+    python -m serve --model path/to/release --port 0        # a folder, on a free port
+
+Prints `listening on http://HOST:PORT` once it answers, and logs when it is ready. Exit codes: 0 after SIGTERM or
+Ctrl-C (requests in flight are finished first), 2 for what the person who started it can put right, in one line.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+
+import uvicorn
+
+from serve.app import create_app
+from serve.errors import UserError
+from serve.settings import Settings, parse
+
+EXIT_USER_ERROR = 2
+DRAIN_SECONDS = 8  # for requests in flight; whoever stops containers kills after 10 s
+
+
+class Server(uvicorn.Server):
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if sockets and self.started:
+            host, port = sockets[0].getsockname()[:2]
+            print(f"listening on http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
+
+
+def bind(settings: Settings) -> socket.socket:
+    """Raises UserError where the address cannot be had."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(
+            f"cannot listen on {settings.host}:{settings.port} ({reason}): give another --port (0 takes a free one) or --host."
+        ) from error
+    return listener
+
+
+def run(settings: Settings) -> None:
+    """Serves until it is told to stop. Raises UserError, or whatever else kept the model from being loaded."""
+    app = create_app(settings)
+    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=DRAIN_SECONDS, server_header=False)
+    server = Server(config)
+    app.state.service.on_failure = lambda: setattr(server, "should_exit", True)
+    # uvicorn raises the signal again once it has stopped; with these handlers that is not a second death.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)
+    with bind(settings) as listener:
+        server.run(sockets=[listener])
+    if app.state.service.failure:
+        raise app.state.service.failure
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    # Ours alone: the libraries' loggers have handlers of their own.
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    log = logging.getLogger("serve")
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    try:
+        run(parse(sys.argv[1:] if argv is None else argv))
+    except UserError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        return EXIT_USER_ERROR
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
