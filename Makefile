@@ -48,13 +48,13 @@ hub: $(VENV)/.requirements ## A Hub on this machine, in the foreground (ARGS="--
 	@$(PY) -m pipeline.local_hub $(ARGS)
 
 push: $(VENV)/.requirements ## Publish a finished run        (RUN=outputs/ag_news REPO=user/name)
-	@$(PY) -m pipeline.hub --run "$(RUN)" --repo "$(REPO)" $(ARGS)
+	@$(PY) -m pipeline.hub $(if $(RUN),--run "$(RUN)") $(if $(REPO),--repo "$(REPO)") $(ARGS)
 
 predict: $(VENV)/.requirements ## Label a file without a server (MODEL=, INPUT=, OUTPUT=)
-	@$(PY) -m pipeline.predict --model "$(MODEL)" --input "$(INPUT)" --output "$(OUTPUT)" $(ARGS)
+	@$(PY) -m pipeline.predict $(if $(MODEL),--model "$(MODEL)") $(if $(INPUT),--input "$(INPUT)") $(if $(OUTPUT),--output "$(OUTPUT)") $(ARGS)
 
 serve: $(VENV)/.requirements ## The API                        (MODEL=user/repo REVISION=tag-or-sha)
-	@$(PY) -m serve --model "$(MODEL)" $(if $(REVISION),--revision "$(REVISION)") $(ARGS)
+	@$(PY) -m serve $(if $(MODEL),--model "$(MODEL)") $(if $(REVISION),--revision "$(REVISION)") $(ARGS)
 
 test: $(VENV)/.requirements-dev ## The tests, at most 10 minutes on 2 cores
 	@$(PY) -m pytest -m "not slow" $(ARGS)

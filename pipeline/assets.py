@@ -111,4 +111,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_entry(main))
+    sys.exit(run_entry(lambda _: main()))

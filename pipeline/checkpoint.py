@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ MANIFEST = "manifest.json"
 # tells, not what it learns. (Rows per device and the number of processes may change: the global batch does not.)
 FREE_FIELDS = {
     "max_per_device_batch_size", "device", "cpu_threads", "dataloader_workers", "output_dir", "resume", "save_total_limit",
-    "tracker", "onnx", "push_to_hub", "hub_repo", "hub_tag", "hub_private", "debug",
+    "tracker", "onnx", "push_to_hub", "hub_repo", "hub_tag", "hub_private",
 }  # fmt: skip
 
 
@@ -155,6 +156,10 @@ def find_resume(config: TrainConfig, entry: str) -> Path | None:
         if not folder.is_dir():
             raise UserError(f"resume is '{config.resume}': allowed is auto, none, or the folder of a checkpoint.")
         reason = defect(folder)
+        if folder.resolve().parent != Path(config.output_dir).resolve():
+            raise UserError(
+                f"resume is '{folder}', which lies outside the output folder {config.output_dir}. Add --output_dir {folder.parent}."
+            )
         if reason:
             raise UserError(f"{folder} cannot be resumed: {reason}. Choose another, or --resume auto for the newest whole one.")
     manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
@@ -171,6 +176,10 @@ def find_resume(config: TrainConfig, entry: str) -> Path | None:
             f"{folder} belongs to a run with another configuration ({changes}). Give another --output_dir, or --resume none "
             "to start anew (the earlier run is kept beside it), or the old values to go on."
         )
+    for later in candidates(config.output_dir):
+        if step_of(later) > step_of(folder):
+            # Of a line that is being left, or not whole: out of the way, so that it is neither counted nor resumed.
+            later.rename(later.with_name(f"{later.name}.set-aside-{time.time_ns()}"))
     return folder
 
 

@@ -10,6 +10,7 @@ The YAML file is turned into arguments that come *before* those of the command l
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any, Literal, NoReturn
 
 import yaml
 
-from pipeline.errors import UserError, nearest
+from pipeline.errors import UserError, nearest, run_entry
 
 
 def _option(default: Any, help: str) -> Any:
@@ -85,9 +86,11 @@ class TrainConfig:
     hub_repo: str | None = _option(None, "owner/name of the model repository to publish to.")
     hub_tag: str | None = _option(None, "Tag of the release; none: v1, or the next free v2, v3, ...")
     hub_private: bool = _option(False, "Create the model repository as private.")
-    debug: bool = _option(False, "Show the traceback of a user's mistake too.")
 
     def __post_init__(self) -> None:
+        for name in FIELDS:
+            if isinstance(value := getattr(self, name), float) and not math.isfinite(value):
+                raise UserError(f"{name} is {value}: allowed is a finite number.")
         for name, low, high in (
             ("test_share", 0, 1),
             ("validation_share", 0, 0.5),
@@ -167,7 +170,7 @@ def make_parser(prog: str) -> Any:
         prog=prog,
         usage=usage,
         allow_abbrev=False,
-        description="CONFIG.yaml holds the same options as keys.",
+        description="CONFIG.yaml holds the same options as keys. --debug shows the traceback of a mistake too.",
     )
 
 
@@ -206,4 +209,4 @@ def _parse(parser: Any, arguments: list[str], prog: str) -> TrainConfig:
 
 
 if __name__ == "__main__":
-    print(parse(sys.argv[1:], "python -m pipeline.config"))
+    sys.exit(run_entry(lambda argv: print(parse(argv, "python -m pipeline.config"))))

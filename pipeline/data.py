@@ -254,4 +254,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_entry(lambda: main(sys.argv[1:]), debug="--debug" in sys.argv))
+    sys.exit(run_entry(main))

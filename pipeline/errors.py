@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterable
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, the shell's convention
+PATIENCE_SECONDS = 5  # the launcher looks for failed ranks ten times a second
+GO_ON = "Interrupted. Complete checkpoints are kept: run the same command again to go on."
 
 
 class UserError(ValueError):
@@ -34,7 +36,7 @@ def _causes(error: BaseException) -> list[BaseException]:
     chain: list[BaseException] = []
     while error is not None and error not in chain:
         chain.append(error)
-        error = error.__cause__ or error.__context__  # type: ignore[assignment]
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)  # type: ignore[assignment]
     return chain
 
 
@@ -53,12 +55,11 @@ def _explain_one(error: BaseException) -> str | None:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         where = f" writing {error.filename}" if error.filename else ""
         return (
-            f"The disk is full{where}. Free some space (older runs under outputs/, the cache under ~/.cache/huggingface) "
-            "or choose another place with --output_dir; then run the same command again: it goes on from the newest "
-            "complete checkpoint."
+            f"The disk is full{where}. Free some space (older runs under outputs/, the cache under ~/.cache/huggingface) or write "
+            "to another place; then run the same command again. What was complete before is kept."
         )
     if isinstance(error, PermissionError) and error.filename:
-        return f"No permission to use {error.filename}. Choose a folder you may write to with --output_dir."
+        return f"No permission to use {error.filename}. Choose a folder you may write to."
     name = type(error).__name__
     if name == "OutOfMemoryError":
         return (
@@ -66,7 +67,9 @@ def _explain_one(error: BaseException) -> str | None:
             "the same: accumulation makes up for it) or lower --max_length."
         )
     # safetensors and torch.save do not raise OSError; the latter only says that it stands at an unexpected position.
-    if (name == "SafetensorError" and "No space left" in str(error)) or "inline_container.cc" in str(error):
+    if (name == "SafetensorError" and "No space left" in str(error)) or (
+        "inline_container.cc" in str(error) and "unexpected pos" in str(error)
+    ):
         return _explain_one(OSError(errno.ENOSPC, "No space left on device"))
     return _explain_hub(error)
 
@@ -116,28 +119,43 @@ def _no_network(endpoint: str) -> str:
     )
 
 
-def run_entry(main: Callable[[], int | None], *, debug: bool = False) -> int:
-    """Run `main()` and turn what it raises into an exit code and, for a user's mistake, one line on stderr.
+def tell(error: BaseException) -> None:
+    """Print the line for a user's mistake on stderr, once (with the traceback before it where `--debug` was given).
 
-    Returns 0 (or what `main` returned), 2 for a user's mistake, 130 after Ctrl-C. Any other exception is a defect of
-    ours and propagates with its traceback. Under a launcher rank 0 speaks at once and the other ranks wait: when they
-    met the same mistake, or only lost their peer, the launcher ends them first, so the line appears once.
+    Under a launcher rank 0 speaks at once and the other ranks wait: when they met the same mistake, or only lost their
+    peer, the launcher ends them first, so the line appears once. When rank 0 has only lost a peer, it waits for that
+    one to say why.
     """
-    rank = int(os.environ.get("RANK", "0"))
+    if getattr(error, "told", False):
+        return
+    error.told = True  # type: ignore[attr-defined]
+    rank, text = int(os.environ.get("RANK", "0")), explain(error)
+    if rank != 0:
+        time.sleep(PATIENCE_SECONDS)
+    if text is None:
+        if rank == 0 and ("by peer" in str(error) or type(error).__name__.startswith("Dist")):
+            time.sleep(2 * PATIENCE_SECONDS)
+        return
+    if "--debug" in sys.argv:
+        traceback.print_exception(error)
+    who = f" (rank {rank})" if rank else ""
+    print(f"error{who}: {' '.join(text.split())}", file=sys.stderr, flush=True)
+
+
+def run_entry(main: Callable[[list[str]], int | None], *, interrupted: str = "Interrupted.") -> int:
+    """Run `main(arguments)` and turn what it raises into an exit code and, for a user's mistake, one line on stderr.
+
+    Returns 0 (or what `main` returned), 2 for a user's mistake, 130 after Ctrl-C, when rank 0 says `interrupted`. Any
+    other exception is a defect of ours and propagates with its traceback. Every command understands `--debug`.
+    """
     try:
-        return main() or 0
+        return main([argument for argument in sys.argv[1:] if argument != "--debug"]) or 0
     except KeyboardInterrupt:
-        if rank == 0:
-            print("\nInterrupted. Complete checkpoints are kept: run the same command again to go on.", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"\n{interrupted}", file=sys.stderr)
         return EXIT_INTERRUPTED
     except Exception as error:
-        if rank != 0:
-            time.sleep(5)
-        text = explain(error)
-        if text is None:
+        tell(error)
+        if explain(error) is None:
             raise
-        if debug:
-            traceback.print_exc()
-        who = f" (rank {rank})" if rank else ""
-        print(f"error{who}: {' '.join(text.split())}", file=sys.stderr, flush=True)
         return EXIT_USER_ERROR

@@ -249,15 +249,6 @@ def _advice_line(error: Exception, api: HfApi, repo: str) -> str | None:
         return f"The Hub has no room for {repo} ({status}: {said or 'quota'}). Delete old repositories or get more storage."
     if status == 409:
         return f"The Hub at {api.endpoint} refused {repo} for a clash ({said or 'conflict'})."
-    if status == 429:
-        return f"The Hub at {api.endpoint} asks for a pause: too many requests. Wait five minutes."
-    if status is not None and status >= 500:
-        return f"The Hub at {api.endpoint} has trouble of its own ({status}). Try later."
-    if "Xet" in str(error):
-        return f"The Hub at {api.endpoint} does not speak Xet, the client's way for large files: set HF_HUB_DISABLE_XET=1."
-    # The client lets its HTTP library's own errors through, and Xet's, which are Python's.
-    if {kind.__name__ for kind in type(error).__mro__} & {"TransportError", "ConnectionError", "TimeoutError"}:
-        return f"The Hub at {api.endpoint} cannot be reached ({str(error) or type(error).__name__}). Check the network and HF_ENDPOINT."
     if line := explain(error):
         return line
     if isinstance(error, ValueError) and "README.md" in str(error):
@@ -300,4 +291,4 @@ def _release_of(run: Path) -> Path:
 
 
 if __name__ == "__main__":
-    sys.exit(run_entry(lambda: main(sys.argv[1:])))
+    sys.exit(run_entry(main))

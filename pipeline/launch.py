@@ -16,34 +16,24 @@ import shlex
 import signal
 import subprocess
 import sys
-from typing import Any, Literal
+from typing import Any
 
-from pipeline.errors import EXIT_INTERRUPTED, UserError, nearest, run_entry
+from pipeline.config import parse
+from pipeline.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError, nearest, run_entry
 
-Kind = Literal["train", "train-ddp", "train-raw-ddp"]
 KINDS = ("train", "train-ddp", "train-raw-ddp")
 
 
-def topology_file(kind: str, gpus: int, device: str) -> tuple[str, int, str]:
-    """Launch file (without folder and ending), processes, and why, for this many GPUs and this `--device`."""
+def build_command(kind: str, arguments: list[str], device: str, gpus: int) -> tuple[list[str], str]:
+    """The bare command a user would type for a configured `device` and this many GPUs, and a few words on why."""
     if device == "cpu":
         gpus = 0
-    if kind == "train":
-        return ("gpu1", 1, f"{gpus} GPU(s) here, one is used") if gpus else ("cpu1", 1, "no GPU in use")
-    if gpus >= 2:
-        return "gpu2", gpus, f"{gpus} GPUs here"
-    reason = "one GPU here, two processes need two" if gpus else "no GPU in use"
-    return "cpu2", 2, reason
-
-
-def build_command(kind: str, arguments: list[str], gpus: int) -> tuple[list[str], str]:
-    """The bare command a user would type, and a few words on the topology that was chosen."""
-    device = next((b for a, b in zip(arguments, [*arguments[1:], ""], strict=True) if a == "--device"), "auto")
-    device = next((a.split("=", 1)[1] for a in arguments if a.startswith("--device=")), device)
-    name, processes, reason = topology_file(kind, gpus, device)
-    if name.startswith("cpu") and device == "auto" and gpus:
-        arguments = [*arguments, "--device", "cpu"]
-    why = f"{'GPU' if name.startswith('gpu') else 'CPU'} topology, {processes} process{'es' * (processes > 1)}: {reason}"
+    processes = 1 if kind == "train" else (gpus or 2)
+    name = f"{'gpu' if gpus else 'cpu'}{min(processes, 2)}"
+    found = f"{gpus} GPU{'s' * (gpus > 1)} here" if gpus else "no GPU in use"
+    why = f"{name[:3].upper()} topology, {processes} process{'es' * (processes > 1)}: {found}"
+    if gpus == 1 and kind != "train":
+        why += " (two processes on the CPU: --device cpu)"
     if kind == "train-raw-ddp":
         return ["torchrun", "--standalone", "--nproc_per_node", str(processes), "-m", "pipeline.train_ddp", *arguments], why
     count = ["--num_processes", str(processes)] if processes > 2 else []
@@ -69,15 +59,32 @@ def launch(command: list[str]) -> int:
         else:
             _accelerate_launch(command[2:])
     except ChildFailedError as error:
-        codes = [failure.exitcode for _, failure in sorted(error.failures.items())]
-        return next((code for code in codes if code > 0), 1)
+        return _verdict({rank: failure.exitcode for rank, failure in sorted(error.failures.items())})
     except subprocess.CalledProcessError as error:
-        return error.returncode if error.returncode > 0 else 128 - error.returncode
+        return _verdict({0: error.returncode})
     except SignalException as error:
         return 128 + int(error.sigval)
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     return 0
+
+
+def _verdict(codes: dict[int, int]) -> int:
+    """The exit code that tells why, of all failed ranks' codes (negative: ended by that signal)."""
+    for code in (EXIT_USER_ERROR, EXIT_INTERRUPTED):
+        if code in codes.values():
+            return code
+    # The launcher ends the other ranks by SIGTERM, and a rank that lost its peer fails with 1: neither is the cause.
+    for rank, code in codes.items():
+        if code < 0 and code != -signal.SIGTERM:
+            name = signal.Signals(-code).name
+            memory = "Usually memory ran out: lower --max_per_device_batch_size (the result stays the same). " if name == "SIGKILL" else ""
+            print(
+                f"error: rank {rank} was ended by {name}. {memory}The same command goes on from the newest complete checkpoint.",
+                file=sys.stderr,
+            )
+            return 128 - code
+    return next((code for code in codes.values() if code > 0), 128 + signal.SIGTERM)
 
 
 def _accelerate_launch(arguments: list[str]) -> None:
@@ -102,12 +109,15 @@ def main(argv: list[str]) -> int:
     if not argv or argv[0] not in KINDS:
         given = argv[0] if argv else "nothing"
         raise UserError(f"'{given}' is no launch target; allowed is {', '.join(KINDS)}.{nearest(given, KINDS)}")
+    # Parsed here already: a mistake in it needs no launcher to be found.
+    config = parse(argv[1:], f"python -m pipeline.launch {argv[0]}")
     import torch
 
-    command, why = build_command(argv[0], argv[1:], torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    command, why = build_command(argv[0], argv[1:], config.device, torch.cuda.device_count() if torch.cuda.is_available() else 0)
     print(f"{why}\n$ {shlex.join(command)}", flush=True)
+    os.environ["DISTRINEWS_COMMAND"] = shlex.join(command)
     return launch(command)
 
 
 if __name__ == "__main__":
-    sys.exit(run_entry(lambda: main(sys.argv[1:])))
+    sys.exit(run_entry(main))

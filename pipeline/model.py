@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,36 +18,91 @@ DROPOUTS = ("dropout", "attention_dropout", "seq_classif_dropout", "hidden_dropo
             "classifier_dropout", "hidden_dropout", "classifier_dropout_prob", "embedding_dropout", "mlp_dropout")  # fmt: skip
 
 
-def check_model_id(config: TrainConfig) -> None:
-    """Raises UserError for a path that is not there: the Hub would only say that no repository has that name."""
-    name = config.model
-    if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).expanduser().is_dir():
+@dataclass(frozen=True)
+class Source:
+    """Where the pre-trained model lies on this machine."""
+
+    folder: Path
+    commit: str | None  # of the Hub repository; None for a folder of the user's own
+
+
+def find_model(config: TrainConfig) -> Source:
+    """The model's folder, pulled from the Hub into its cache where `model` is a Hub id.
+
+    Everything is fetched here, so that one rank can do it for all. Weights as safetensors only: a pickle from the
+    network could run code. Raises UserError for a model that is not there or has no such weights.
+    """
+    from huggingface_hub import HfApi, constants, errors, snapshot_download
+
+    name, revision = config.model, config.model_revision
+    if Path(name).expanduser().is_dir():
+        return _with_weights(Source(Path(name).expanduser(), None), name)
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(f"model is '{name}', which is no folder here. Give an existing folder or a Hub id (owner/name).")
+    try:
+        if not constants.HF_HUB_OFFLINE:
+            # Asked first: its answers are precise, and a Hub that is not there costs no minute of retries.
+            revision = HfApi().model_info(name, revision=revision, timeout=20).sha
+        # Only the top level: many repositories hold the same weights for other frameworks in folders.
+        folder = snapshot_download(
+            name, revision=revision, allow_patterns=["*.json", "*.txt", "*.model", "*.safetensors"], ignore_patterns="*/*"
+        )
+    except errors.RevisionNotFoundError as error:
+        raise UserError(
+            f"The model {name} has no revision '{revision}' at {constants.ENDPOINT}. Give one of its branches, tags or commits as "
+            "model_revision, or leave it out for main."
+        ) from error
+    except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
+        raise UserError(
+            f"No such repository: model '{name}' on the Hub at {constants.ENDPOINT} is not there, or your token may not see it. Check the "
+            "spelling (owner/name); for a private one `hf auth login` or set HF_TOKEN; for a folder check the path."
+        ) from error
+    except Exception as error:
+        if isinstance(error, errors.HfHubHTTPError):
+            raise
+        try:
+            folder = snapshot_download(name, revision=revision, local_files_only=True)
+        except errors.LocalEntryNotFoundError:
+            raise error from None
+        print(f"warning: the Hub at {constants.ENDPOINT} cannot be reached: {name} is read from the cache.", flush=True)
+    return _with_weights(Source(Path(folder), Path(folder).name), name)
 
 
-def load_tokenizer(config: TrainConfig) -> Any:
+def _with_weights(source: Source, name: str) -> Source:
+    if not (source.folder / "config.json").is_file():
+        raise UserError(
+            f"model '{name}' has no config.json: it is no transformers model. Choose another, for example distilbert/distilbert-base-uncased."
+        )
+    if not any(source.folder.glob("*.safetensors")):
+        raise UserError(
+            f"model '{name}' has no *.safetensors, the only weights that are loaded (a pickle could run code). Choose a model or a "
+            "--model_revision that has them; the Hub's conversion bot puts them at revision refs/pr/1 of many repositories."
+        )
+    return source
+
+
+def load_tokenizer(source: Source, config: TrainConfig) -> Any:
     """The model's fast tokenizer; it truncates to `max_length` wherever it is used later, the Hub included."""
     from transformers import AutoTokenizer
 
-    check_model_id(config)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(config.model, revision=config.model_revision or "main", trust_remote_code=False)
-    except ValueError as error:
-        raise UserError(f"model '{config.model}' has no tokenizer that can be used: {error}") from error
+        tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)
+    except (ValueError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise UserError(f"model '{config.model}' has no tokenizer that can be used: {str(error).splitlines()[0]}") from error
     if tokenizer.pad_token_id is None:
         raise UserError(f"model '{config.model}' has a tokenizer without a padding token; choose an encoder such as DistilBERT.")
     tokenizer.model_max_length = config.max_length
     return tokenizer
 
 
-def build_model(config: TrainConfig, label_names: Sequence[str]) -> nn.Module:
+def build_model(source: Source, config: TrainConfig, label_names: Sequence[str]) -> nn.Module:
     """The pre-trained encoder with a new classification head, in fp32 on the CPU, the head drawn from `seed`."""
     import transformers
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
-    check_model_id(config)
-    source = {"revision": config.model_revision or "main", "trust_remote_code": False}
-    settings = AutoConfig.from_pretrained(config.model, **source)
+    settings = AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
     longest = getattr(settings, "max_position_embeddings", None)
     if longest and config.max_length > longest:
         raise UserError(f"max_length is {config.max_length}, but {config.model} reads at most {longest} tokens. Lower --max_length.")
@@ -62,9 +118,8 @@ def build_model(config: TrainConfig, label_names: Sequence[str]) -> nn.Module:
     transformers.logging.set_verbosity_error()  # a new head is what we ask for: no table of missing weights
     try:
         torch.manual_seed(config.seed)
-        # safetensors only: a pickle from the network could run code.
         model = AutoModelForSequenceClassification.from_pretrained(
-            config.model, config=settings, dtype=torch.float32, use_safetensors=True, ignore_mismatched_sizes=True, **source
+            source.folder, config=settings, dtype=torch.float32, use_safetensors=True, ignore_mismatched_sizes=True, trust_remote_code=False
         )
     except ValueError as error:
         raise UserError(f"model '{config.model}' cannot classify texts: {str(error).splitlines()[0]}") from error

@@ -265,7 +265,6 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=64, help="texts scored at once (default: 64)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: the GPU where there is one")
     parser.add_argument("--overwrite", action="store_true", help="replace output and report where they exist")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of a mistake too")
     options = parser.parse_args(argv)
     if options.batch_size < 1:
         raise UserError(f"batch_size is {options.batch_size}: allowed is 1 or more.")
@@ -288,4 +287,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_entry(lambda: main(sys.argv[1:]), debug="--debug" in sys.argv))
+    sys.exit(run_entry(main))

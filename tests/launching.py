@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -67,7 +66,9 @@ def launch(
                 break
             except subprocess.TimeoutExpired:
                 if time.monotonic() > deadline:
-                    process.send_signal(signal.SIGABRT)
+                    for member in seen.values():
+                        if member.is_running():
+                            member.kill()
                     raise
         left = alive([p for p in seen.values() if p.pid != process.pid])
         psutil.wait_procs(left, timeout=5)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from launching import ROOT, error_lines, launch
+from launching import ROOT, error_lines, family, launch, started
 
 from pipeline.errors import explain
 
@@ -98,7 +100,7 @@ def test_a_model_that_is_no_folder_and_a_text_too_long_for_it(tmp_path: Path, te
 
 
 def test_a_full_disk_while_saving_loses_nothing(tmp_path: Path, texts: Path, tiny_model_dir: Path) -> None:
-    """The disk is really full: /dev/full where the first checkpoint's weights go; afterwards the same command goes on."""
+    """The disk is full when the record is written, after training; afterwards the same command goes on from there."""
     if not Path("/dev/full").exists():
         pytest.skip("no /dev/full here")
     settings = ["--dataset", str(texts), "--model", str(tiny_model_dir), "--epochs", "3", "--validation_share", "0.2"]
@@ -112,29 +114,29 @@ def test_a_full_disk_while_saving_loses_nothing(tmp_path: Path, texts: Path, tin
     blocked.unlink(missing_ok=True)
     done = train(tmp_path, *settings)
     assert done.returncode == 0, done.stderr
-    assert "resumed     after step" in done.stdout
+    assert "resumed     this run is finished" in done.stdout
     assert json.loads((tmp_path / "run" / "run.json").read_text())["test"]["examples"] == 12
 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Any:
-    """A disk of one megabyte, where this user may mount one."""
+    """A disk of six megabytes, where this user may mount one."""
     folder = tmp_path / "disk"
     folder.mkdir()
     if (
         os.geteuid()
-        or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True, check=False).returncode
+        or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(folder)], capture_output=True, check=False).returncode
     ):
         pytest.skip("mounting a small disk needs root")
     yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 def test_every_writer_of_weights_is_understood_when_the_disk_is_full(small_disk: Path) -> None:
     import torch
     from safetensors.torch import save_file
 
-    weights = {"a": torch.zeros(1_000_000)}
+    weights = {"a": torch.zeros(3_000_000)}
     for write in (lambda: save_file(weights, small_disk / "a.safetensors"), lambda: torch.save(weights, small_disk / "a.pt")):
         with pytest.raises(Exception) as caught:
             write()
@@ -143,8 +145,8 @@ def test_every_writer_of_weights_is_understood_when_the_disk_is_full(small_disk:
             path.unlink()
 
 
-def test_debug_shows_the_traceback_too(tmp_path: Path) -> None:
-    done = train(tmp_path, "--dataset", "no-such-file.csv", "--debug")
+def test_debug_shows_the_traceback_too() -> None:
+    done = launch(["no-such-file.yaml", "--debug"], module="pipeline.config")
     assert done.returncode == 2 and "Traceback" in done.stderr and len(error_lines(done)) == 1
 
 
@@ -159,3 +161,67 @@ def test_a_hub_that_is_not_there_is_understood_from_the_client_itself() -> None:
     with pytest.raises(Exception) as caught:
         HfApi(endpoint="http://127.0.0.1:9").model_info("nobody/nothing")
     assert "cannot be reached" in (explain(caught.value) or ""), caught.value
+
+
+@pytest.mark.parametrize("kind", ["train-ddp", "train-raw-ddp"])
+def test_a_disk_that_fills_up_in_a_checkpoint_of_two_processes(small_disk: Path, texts: Path, tiny_model_dir: Path, kind: str) -> None:
+    """The weights still fit, the optimizer's state does not; the other rank waits at a barrier meanwhile."""
+    arguments = [kind, "--dataset", str(texts), "--model", str(tiny_model_dir), "--device", "cpu", "--output_dir", str(small_disk / "run")]
+    done = launch([*arguments, "--max_steps", "2"])
+    one_line(done, "disk is full", "run the same command again")
+    assert not list(small_disk.glob("run/*/manifest.json")), "what is half written is no checkpoint"
+
+
+def test_what_only_the_second_rank_meets_is_told_by_it(texts: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
+    """Rank 1 cannot write its random state; rank 0 only sees its peer go and lets it speak."""
+    (tmp_path / "run" / "checkpoint-2").mkdir(parents=True)
+    script = tmp_path / "one_full_disk.py"
+    script.write_text(
+        "import os, pathlib, sys\n"
+        "from pipeline import checkpoint, train_ddp\n"
+        "from pipeline.errors import run_entry\n"
+        "begin = checkpoint.begin\n"
+        "def begin_and_block(folder):\n"
+        "    begin(folder)\n"
+        "    (folder / 'rng_state_1.pt').symlink_to('/dev/full')\n"
+        "checkpoint.begin = begin_and_block\n"
+        "sys.exit(run_entry(train_ddp.entry))\n",
+        encoding="utf-8",
+    )
+    arguments = [
+        "--nproc_per_node",
+        "2",
+        str(script),
+        "--dataset",
+        str(texts),
+        "--model",
+        str(tiny_model_dir),
+        "--max_steps",
+        "2",
+        "--device",
+        "cpu",
+    ]
+    done = launch([*arguments, "--output_dir", str(tmp_path / "run")], module="torch.distributed.run")
+    lines = error_lines(done)
+    assert len(lines) == 1 and lines[0].startswith("error (rank 1): The disk is full"), done.stderr
+
+
+def test_a_worker_killed_by_the_system_is_named(texts: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
+    arguments = ["train-ddp", "--dataset", str(texts), "--model", str(tiny_model_dir), "--device", "cpu", "--epochs", "200"]
+    with started([*arguments, "--output_dir", str(tmp_path / "run")]) as process:
+        deadline = time.monotonic() + 120
+        while not list(tmp_path.glob("run/checkpoint-*/manifest.json")):
+            assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1]
+            time.sleep(0.05)
+        worker = next(p for p in reversed(family(process)) if p.environ().get("RANK") == "1")
+        worker.kill()
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 137
+    assert "error: rank 1 was ended by SIGKILL" in err and "The same command goes on" in err
+
+
+def test_a_model_without_safetensors_is_refused(texts: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
+    pickled = tmp_path / "pickled"
+    shutil.copytree(tiny_model_dir, pickled)
+    (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
+    one_line(train(tmp_path, "--dataset", str(texts), "--model", str(pickled)), "safetensors", "pickle")

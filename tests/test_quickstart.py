@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import shlex
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import psutil
 import pytest
-from launching import alive, family, launch, started
+from launching import ROOT, alive, family, launch, started
 
 
 def test_ctrl_c_in_the_middle_ends_everything(tmp_path: Path, encoder_dir: Path) -> None:
@@ -42,7 +45,7 @@ def _command(process: psutil.Process) -> str:
 def test_a_folder_with_other_things_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
     done = launch([str(tmp_path)], module="pipeline.quickstart")
-    assert done.returncode == 2 and "thesis.txt" in done.stderr
+    assert done.returncode == 2 and "something else" in done.stderr
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 
 
@@ -58,4 +61,12 @@ def test_quickstart_keeps_its_promises(tmp_path: Path) -> None:
     assert summary["hub_tag"] == "v1"
     assert summary["prediction"]["label"] == "crude" and 0.5 < summary["prediction"]["confidence"] <= 1
     assert summary["test_macro_f1"] > 0.8 and summary["train_seconds"] > 0 and summary["samples_per_second"] > 0
-    assert "DistriNews quickstart" in done.stdout and done.stdout.count("make serve MODEL=") == 1
+    assert "DistriNews quickstart" in done.stdout
+    # The command it proposes for the first time: as printed, but for where this test writes.
+    line = next(line for line in done.stdout.splitlines() if "pipeline.predict" in line)
+    command = shlex.split(line)[1:]
+    command[command.index("--output") + 1] = str(tmp_path / "scored.csv")
+    again = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
+    assert again.returncode == 0, again.stderr
+    assert "predicted_label" in (tmp_path / "scored.csv").read_text(encoding="utf-8")
+    assert all((ROOT / word).exists() for word in shlex.split(done.stdout.split("make serve MODEL=")[1])[:1])

@@ -150,9 +150,16 @@ def test_ctrl_c_loses_nothing_and_the_same_command_goes_on(workshop: Path, raw2:
 
 def test_a_finished_run_is_not_trained_again(workshop: Path, raw2: dict[str, Any]) -> None:
     again = train(workshop, "train-raw-ddp", "raw2")
-    assert "resumed     after step 112 of 112" in again["out"]
-    for name in ("weights_sha256", "history", "epochs", "test"):
+    assert "resumed     this run is finished, trained by 2 process(es)" in again["out"]
+    for name in ("weights_sha256", "history", "epochs", "test", "sessions"):
         assert again["record"][name] == raw2["record"][name], name
+    # Another launch of it scores and releases, but trained nothing, and its record does not claim so.
+    options = ["--output_dir", str(raw2["folder"]), str(workshop / "run.yaml")]
+    alone = launch([options[2], *options[:2]], module="pipeline.train_ddp")
+    assert alone.returncode == 0, alone.stderr
+    record = json.loads((raw2["folder"] / "run.json").read_text(encoding="utf-8"))
+    assert record["topology"]["world_size"] == 2
+    assert record["test"]["confusion_matrix"] == raw2["record"]["test"]["confusion_matrix"]
 
 
 def test_early_stopping_takes_the_best_checkpoint(workshop: Path) -> None:

@@ -121,8 +121,4 @@ def welcome(url: str, token: str, kept: Path) -> str:
 
 
 if __name__ == "__main__":
-
-    def entry() -> int:
-        return main(parse())
-
-    sys.exit(run_entry(entry))
+    sys.exit(run_entry(lambda argv: main(parse(argv))))
