@@ -167,7 +167,7 @@ def train(
 ) -> None:  # fmt: skip
     """The loop: `recorder.total_steps` optimizer steps from `recorder.step` on, validating and saving on the way."""
     # [DDP 5] Wrap: DDP copies rank 0's weights to all, then watches backward. As gradients become ready it packs them
-    # into buckets (25 MB) and all-reduces each, averaging over ranks, while backward still computes earlier layers:
+    # into buckets (up to 25 MB) and all-reduces each, averaging over ranks, while backward still computes earlier layers:
     # communication hides under computation. Every rank then takes the same optimizer step on the same average.
     # Without it, ranks drift apart and the saved model has learnt from one share of the data only.
     ddp = DistributedDataParallel(model, device_ids=[topology.local_rank] if topology.device == "cuda" else None)

@@ -189,7 +189,7 @@ def test_mistakes_end_in_one_line(options: list[str], says: str, tmp_path: Path,
             *([] if "--root" in options else ["--root", str(tmp_path / "hub")]),
             *(known.get(word, word) for word in options),
         ]
-        assert run_entry(lambda: main(parse(words))) == 2
+        assert run_entry(lambda _: main(parse(words))) == 2
     printed = capsys.readouterr()
     assert (printed.out, printed.err.count("\n")) == ("", 1) and says in printed.err and printed.err.startswith("error: ")
 

@@ -213,7 +213,7 @@ DRIVER = """
 import json, sys
 from pipeline.errors import run_entry
 from pipeline.predict import main
-print(json.dumps([run_entry(lambda: main(arguments)) for arguments in json.loads(sys.argv[1])]))
+print(json.dumps([run_entry(lambda _: main(arguments)) for arguments in json.loads(sys.argv[1])]))
 """
 
 

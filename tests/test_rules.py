@@ -80,7 +80,7 @@ def shell_lines() -> list[str]:
 @pytest.mark.parametrize("line", sorted(set(shell_lines())))
 def test_readme_commands_are_understood(line: str) -> None:
     """Make targets and their variables exist; options of the entries parse; files named are there."""
-    words = shlex.split(line.split(" && ")[0])
+    words = shlex.split(line.split(" && ")[0], comments=True)
     for word in words:
         if re.fullmatch(r"(configs|pipeline|serve)/[\w/]+\.\w+", word):
             assert (ROOT / word).exists(), word
