@@ -97,7 +97,7 @@ def load_tokenizer(source: Source, config: TrainConfig) -> Any:
     return tokenizer
 
 
-def build_model(source: Source, config: TrainConfig, label_names: Sequence[str]) -> nn.Module:
+def build_model(source: Source, config: TrainConfig, label_names: Sequence[str], attention: str | None = None) -> nn.Module:
     """The pre-trained encoder with a new classification head, in fp32 on the CPU, the head drawn from `seed`."""
     import transformers
     from transformers import AutoConfig, AutoModelForSequenceClassification
@@ -119,7 +119,13 @@ def build_model(source: Source, config: TrainConfig, label_names: Sequence[str])
     try:
         torch.manual_seed(config.seed)
         model = AutoModelForSequenceClassification.from_pretrained(
-            source.folder, config=settings, dtype=torch.float32, use_safetensors=True, ignore_mismatched_sizes=True, trust_remote_code=False
+            source.folder,
+            config=settings,
+            dtype=torch.float32,
+            attn_implementation=attention,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,
+            trust_remote_code=False,
         )
     except ValueError as error:
         raise UserError(f"model '{config.model}' cannot classify texts: {str(error).splitlines()[0]}") from error

@@ -32,6 +32,14 @@ class Topology:
     threads: int  # CPU threads of this process
 
     @property
+    def attention(self) -> str | None:
+        """The attention code of transformers to use; None: its own choice (torch's fused kernel).
+
+        On the CPU in bf16 with dropout the plain one takes some 15% less time (MiniLM, 64 and 128 tokens, interleaved).
+        """
+        return "eager" if (self.device, self.precision) == ("cpu", "bf16") else None
+
+    @property
     def torch_device(self) -> torch.device:
         return torch.device("cuda", self.local_rank) if self.device == "cuda" else torch.device("cpu")
 

@@ -44,6 +44,8 @@ class TextTrainer(Trainer):
         super().__init__(train_dataset=prepared.train, eval_dataset=prepared.validation, **kwargs)
         self.config, self.prepared, self.sampler, self.recorder = config, prepared, sampler, recorder
         self.class_weights = None if prepared.class_weights is None else prepared.class_weights.to(self.args.device)
+        if self.accelerator.ddp_handler is not None:  # [DDP 5] not among TrainingArguments
+            self.accelerator.ddp_handler.gradient_as_bucket_view = True
         self.remove_callback(PrinterCallback)
         self.add_callback(Conductor(sampler, recorder))
 
@@ -194,7 +196,7 @@ def run(config: TrainConfig, topology: Topology, plan: BatchPlan, state: Partial
     box = [checkpoint.find_resume(config, ENTRY) if topology.rank == 0 else None]
     resume: Path | None = broadcast_object_list(box)[0]
 
-    model: Any = build_model(prepared.source, config, prepared.label_names)
+    model: Any = build_model(prepared.source, config, prepared.label_names, topology.attention)
     sampler = training_sampler(config, topology, plan, prepared.train)
     recorder = Recorder(config, topology, plan, steps_per_epoch=sampler.steps)
     trainer = TextTrainer(config, prepared, sampler, recorder, model=model, args=training_arguments(config, topology, plan, recorder))

@@ -170,7 +170,9 @@ def train(
     # into buckets (up to 25 MB) and all-reduces each, averaging over ranks, while backward still computes earlier layers:
     # communication hides under computation. Every rank then takes the same optimizer step on the same average.
     # Without it, ranks drift apart and the saved model has learnt from one share of the data only.
-    ddp = DistributedDataParallel(model, device_ids=[topology.local_rank] if topology.device == "cuda" else None)
+    # gradient_as_bucket_view: gradients live in the buckets, which spares copying each of them there and back.
+    device_ids = [topology.local_rank] if topology.device == "cuda" else None
+    ddp = DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
     weights = prepared.class_weights.to(topology.torch_device) if prepared.class_weights is not None else None
     autocast, sampler = DTYPES[topology.precision], loader.batch_sampler
     running_loss = torch.zeros((), device=topology.torch_device)  # summed on the device: .item() each step would wait for it
@@ -248,7 +250,7 @@ def run(config: TrainConfig, topology: Topology) -> tuple[Prepared, torch.nn.Mod
     prepared = prepared or prepare(config, topology, plan)
     resume = from_rank_zero(checkpoint.find_resume(config, ENTRY) if topology.rank == 0 else None)
 
-    model = build_model(prepared.source, config, prepared.label_names).to(topology.torch_device)
+    model = build_model(prepared.source, config, prepared.label_names, topology.attention).to(topology.torch_device)
     seed_dropout(config, topology)
     loader = training_loader(
         prepared.train, training_sampler(config, topology, plan, prepared.train), prepared.collator,
