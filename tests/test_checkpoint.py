@@ -70,6 +70,15 @@ def test_a_named_checkpoint_must_be_whole(config: TrainConfig, tmp_path: Path) -
         checkpoint.find_resume(replace(config, resume=str(tmp_path / "nowhere")), "raw")
 
 
+def test_a_named_older_checkpoint_leaves_the_later_ones_behind(config: TrainConfig, tmp_path: Path) -> None:
+    older, later = make(config, 5), make(config, 9)
+    assert checkpoint.find_resume(replace(config, resume=str(older)), "raw") == older
+    assert not later.exists() and list((tmp_path / "run").glob("checkpoint-9.set-aside-*")), "kept, but out of the way"
+    assert checkpoint.newest(config.output_dir or "") == older
+    with pytest.raises(UserError, match=r"outside the output folder.*--output_dir"):
+        checkpoint.find_resume(replace(config, resume=str(older), output_dir=str(tmp_path / "other")), "raw")
+
+
 def test_rotation_keeps_the_newest_and_the_best(config: TrainConfig) -> None:
     for step in (1, 2, 3, 4):
         make(config, step)

@@ -51,6 +51,8 @@ def test_every_shipped_configuration_is_valid(path: Path) -> None:
         ("a: b: c", ["not valid YAML"]),
         ("push_to_hub: true", ["hub_repo", "owner/name"]),
         ("max_steps: 0", ["max_steps is 0", "-1"]),
+        ("learning_rate: .nan", ["learning_rate is nan", "finite"]),
+        ("epochs: .inf", ["epochs is inf", "finite"]),
     ],
 )
 def test_a_mistake_in_the_file_is_named(tmp_path: Path, text: str, words: list[str]) -> None:

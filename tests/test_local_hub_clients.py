@@ -259,6 +259,28 @@ def test_hf_command(local_hub: Any, api: HfApi, model: str, tmp_path: Path) -> N
     assert not api.repo_exists(name)
 
 
+def test_hf_command_with_datasets_and_spaces(local_hub: Any, api: HfApi, model: str, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "rows.csv").write_text("text,label\na,b\n")
+
+    def hf(*words: str) -> str:
+        return run(local_hub, tmp_path / "home", str(Path(sys.executable).parent / "hf"), *words)
+
+    for kind, extra in (("dataset", []), ("space", ["--space-sdk", "static"])):
+        hf("repos", "create", model, "--repo-type", kind, "--exist-ok", *extra)
+        hf("upload", model, str(tmp_path / "folder"), "--repo-type", kind)
+        hf("download", model, "--repo-type", kind, "--local-dir", str(tmp_path / kind))
+        assert (tmp_path / kind / "rows.csv").read_text() == "text,label\na,b\n"
+        cached = api.snapshot_download(model, repo_type=kind, cache_dir=tmp_path / "cache")
+        assert (Path(cached) / "rows.csv").exists()
+    env = {**os.environ, **local_hub.env, "HF_HOME": str(tmp_path / "home2")}
+    code = f"from datasets import load_dataset; print(load_dataset({model!r})['train'][0])"
+    assert (
+        "'text': 'a'"
+        in subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120, check=True).stdout
+    )
+
+
 TRANSFORMERS = """
 import json, sys, torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
