@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import httpx
+import httpx2 as httpx  # the HTTP client that huggingface_hub brings
 
 ROOT = Path(__file__).resolve().parent.parent
 LABELS = ["World", "Sports", "Business", "Sci/Tech"]
