@@ -35,10 +35,10 @@ setup: $(VENV)/.requirements ## Make .venv with the pinned requirements
 quickstart: $(VENV)/.requirements ## The whole system once, on this machine: train, publish, prove, serve, ask
 	@$(PY) -m pipeline.quickstart
 
-train: $(VENV)/.requirements ## Trainer, one process          (CONFIG=configs/ag_news.yaml ARGS="--epochs 1")
+train: $(VENV)/.requirements ## Trainer, one process (CONFIG=configs/ag_news.yaml ARGS="--epochs 1")
 	@$(PY) -m pipeline.launch train $(CONFIG) $(ARGS)
 
-train-ddp: $(VENV)/.requirements ## Trainer, two processes or all GPUs (CONFIG=, ARGS=)
+train-ddp: $(VENV)/.requirements ## Trainer, two processes or one per GPU (CONFIG=, ARGS=)
 	@$(PY) -m pipeline.launch train-ddp $(CONFIG) $(ARGS)
 
 train-raw-ddp: $(VENV)/.requirements ## The hand-written DDP script, the same (CONFIG=, ARGS=)
@@ -47,13 +47,13 @@ train-raw-ddp: $(VENV)/.requirements ## The hand-written DDP script, the same (C
 hub: $(VENV)/.requirements ## A Hub on this machine, in the foreground (ARGS="--port 8009")
 	@$(PY) -m pipeline.local_hub $(ARGS)
 
-push: $(VENV)/.requirements ## Publish a finished run        (RUN=outputs/ag_news REPO=user/name)
+push: $(VENV)/.requirements ## Publish a finished run (RUN=outputs/ag_news REPO=user/name)
 	@$(PY) -m pipeline.hub $(if $(RUN),--run "$(RUN)") $(if $(REPO),--repo "$(REPO)") $(ARGS)
 
 predict: $(VENV)/.requirements ## Label a file without a server (MODEL=, INPUT=, OUTPUT=)
 	@$(PY) -m pipeline.predict $(if $(MODEL),--model "$(MODEL)") $(if $(INPUT),--input "$(INPUT)") $(if $(OUTPUT),--output "$(OUTPUT)") $(ARGS)
 
-serve: $(VENV)/.requirements ## The API                        (MODEL=user/repo REVISION=tag-or-sha)
+serve: $(VENV)/.requirements ## The API and its page (MODEL=user/repo REVISION=tag-or-sha)
 	@$(PY) -m serve $(if $(MODEL),--model "$(MODEL)") $(if $(REVISION),--revision "$(REVISION)") $(ARGS)
 
 test: $(VENV)/.requirements-dev ## The tests, at most 10 minutes on 2 cores
@@ -61,7 +61,7 @@ test: $(VENV)/.requirements-dev ## The tests, at most 10 minutes on 2 cores
 
 test-all: $(VENV)/.requirements-dev ## All tests, at most 25 minutes on 2 cores
 	@$(PY) -m pytest -n 2 --dist loadfile -m "not slow" $(ARGS)
-	@$(PY) -m pytest -m slow $(ARGS)
+	@$(PY) -m pytest -m slow $(ARGS) || test $$? = 5 # 5: ARGS left no slow test
 
 lint: $(VENV)/.requirements-dev ## ruff and mypy
 	@$(VENV)/bin/ruff format --check . && $(VENV)/bin/ruff check . && $(VENV)/bin/mypy pipeline serve

@@ -178,8 +178,11 @@ def find_resume(config: TrainConfig, entry: str) -> Path | None:
         )
     for later in candidates(config.output_dir):
         if step_of(later) > step_of(folder):
-            # Of a line that is being left, or not whole: out of the way, so that it is neither counted nor resumed.
-            later.rename(later.with_name(f"{later.name}.set-aside-{time.time_ns()}"))
+            # Half written: room for others. Whole, but of a line that is being left: kept, out of the way.
+            if (later / MANIFEST).exists():
+                later.rename(later.with_name(f"{later.name}.set-aside-{time.time_ns()}"))
+            else:
+                shutil.rmtree(later)
     return folder
 
 

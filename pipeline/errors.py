@@ -107,6 +107,8 @@ def _explain_hub(error: BaseException) -> str | None:
     if status is not None and status >= 500:
         return f"The Hub at {endpoint} has trouble of its own ({status}). Run the same command again later."
     # The client lets the errors of its HTTP library through, whose name has changed before: go by their family.
+    if isinstance(error, BrokenPipeError | ConnectionResetError):
+        return None  # of some other connection, or of our own output
     if {kind.__name__ for kind in type(error).__mro__} & {"TransportError", "ConnectionError"}:
         return _no_network(endpoint)
     return None

@@ -113,7 +113,8 @@ def main(argv: list[str]) -> int:
     config = parse(argv[1:], f"python -m pipeline.launch {argv[0]}")
     import torch
 
-    command, why = build_command(argv[0], argv[1:], config.device, torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    arguments = argv[1:] + ["--debug"] * ("--debug" in sys.argv)
+    command, why = build_command(argv[0], arguments, config.device, torch.cuda.device_count() if torch.cuda.is_available() else 0)
     print(f"{why}\n$ {shlex.join(command)}", flush=True)
     os.environ["DISTRINEWS_COMMAND"] = shlex.join(command)
     return launch(command)

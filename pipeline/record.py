@@ -74,7 +74,8 @@ class Recorder:
         """Training begins, or goes on after `load`."""
         self._resumed = self._started = time.perf_counter()
         place = {name: value for name, value in asdict(self.topology).items() if "rank" not in name and name != "local_world_size"}
-        self.sessions.append({"after_step": self.step} | place)
+        session = {"after_step": self.step, "topology": place, "batch": self.plan.to_dict()}
+        self.sessions.append(session | (surroundings() if self.speaks else {}))
         if self.speaks:
             self._bar = tqdm(total=self.total_steps, initial=self.step, unit="step", desc="training", dynamic_ncols=True, mininterval=0.5)
             if self.config.tracker == "tensorboard":
@@ -194,17 +195,11 @@ def run_record(
     return {
         "format": 1,
         "entry": entry,
-        "command": command_line(),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "config": config.to_dict(),
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
-        "code": code_version(),
-        "hardware": hardware(),
-        "topology": {name: value for name, value in recorder.sessions[-1].items() if name != "after_step"},
+        # Of the last session that trained: a finished run may be scored and released again elsewhere.
+        **{name: value for name, value in recorder.sessions[-1].items() if name != "after_step"},
         "sessions": recorder.sessions,
-        "batch": {
-            "global": plan.global_rows, "per_device": plan.per_device, "accumulation": plan.accumulation, "world_size": plan.world_size,
-        },
         "data": dict(data),
         "steps": recorder.step,
         "train_seconds": recorder.train_seconds,
@@ -214,6 +209,12 @@ def run_record(
         "best": recorder.best,
         **results,
     }  # fmt: skip
+
+
+def surroundings() -> dict[str, Any]:
+    """Command, versions, code and hardware of this process."""
+    versions = {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
+    return {"command": command_line(), "versions": versions, "code": code_version(), "hardware": hardware()}
 
 
 def command_line() -> str:

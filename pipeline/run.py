@@ -68,7 +68,7 @@ def prepare(config: TrainConfig, topology: Topology, plan: BatchPlan) -> Prepare
     source = find_model(config)
     tokenizer = load_tokenizer(source, config)
     if speaks:
-        for warning in texts.warnings:
+        for warning in [*texts.warnings, *([source.warning] if source.warning else [])]:
             print(f"warning: {warning}", flush=True)
     train, validation, test = (
         tokenize(rows, tokenizer, config.max_length, show_progress=speaks) for rows in (texts.train, texts.validation, texts.test)
@@ -114,7 +114,7 @@ def announce(entry: str, config: TrainConfig, topology: Topology, plan: BatchPla
     )
     if recorder.finished:
         recorder.say(
-            f"resumed     this run is finished, trained by {recorder.sessions[-1]['world_size']} process(es): nothing is left to train. "
+            f"resumed     this run is finished, trained by {recorder.sessions[-1]['topology']['world_size']} process(es): nothing is left to train. "
             "To train anew: another --output_dir, or --resume none, which keeps this one beside."
         )
     elif recorder.step:

@@ -75,6 +75,9 @@ def test_a_named_older_checkpoint_leaves_the_later_ones_behind(config: TrainConf
     assert checkpoint.find_resume(replace(config, resume=str(older)), "raw") == older
     assert not later.exists() and list((tmp_path / "run").glob("checkpoint-9.set-aside-*")), "kept, but out of the way"
     assert checkpoint.newest(config.output_dir or "") == older
+    half = checkpoint.checkpoint_folder(config.output_dir or "", 11)
+    checkpoint.begin(half)
+    assert checkpoint.find_resume(config, "raw") == older and not half.exists(), "half written: its room is given back"
     with pytest.raises(UserError, match=r"outside the output folder.*--output_dir"):
         checkpoint.find_resume(replace(config, resume=str(older), output_dir=str(tmp_path / "other")), "raw")
 

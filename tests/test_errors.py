@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -225,3 +226,23 @@ def test_a_model_without_safetensors_is_refused(texts: Path, tiny_model_dir: Pat
     shutil.copytree(tiny_model_dir, pickled)
     (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
     one_line(train(tmp_path, "--dataset", str(texts), "--model", str(pickled)), "safetensors", "pickle")
+
+
+def test_a_model_in_the_cache_serves_when_the_hub_is_away(tiny_model_dir: Path, tmp_path: Path, local_hub: Any) -> None:
+    """Pulled once with files that are not wanted beside it; then offline by choice, then with the Hub unreachable."""
+    from huggingface_hub import HfApi
+
+    api, name = HfApi(endpoint=local_hub.url, token=local_hub.token), f"{local_hub.user}/tiny-cached"
+    api.create_repo(name)
+    api.upload_folder(repo_id=name, folder_path=tiny_model_dir)
+    commit = api.upload_file(repo_id=name, path_in_repo="onnx/other.bin", path_or_fileobj=b"not wanted").oid
+    code = f"from pipeline.config import TrainConfig; from pipeline.model import find_model; print(find_model(TrainConfig(model={name!r})))"
+    for extra, words in (
+        ({}, "warning=None"),
+        ({"HF_HUB_OFFLINE": "1"}, "warning=None"),
+        ({"HF_ENDPOINT": "http://127.0.0.1:9"}, "cannot be reached"),
+    ):
+        environment = {**os.environ, **local_hub.env, "HF_HOME": str(tmp_path / "home"), "PYTHONPATH": str(ROOT), **extra}
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == 0, done.stderr
+        assert commit in done.stdout and words in done.stdout, done.stdout
