@@ -250,7 +250,11 @@ def _advice_line(error: Exception, api: HfApi, repo: str) -> str | None:
     if status == 409:
         return f"The Hub at {api.endpoint} refused {repo} for a clash ({said or 'conflict'})."
     # The client lets its HTTP library's own errors through, and Xet's, which are Python's.
-    if "HF_HUB_DISABLE_XET" not in str(error) and {kind.__name__ for kind in type(error).__mro__} & {"TransportError", "ConnectionError", "TimeoutError"}:
+    if "HF_HUB_DISABLE_XET" not in str(error) and {kind.__name__ for kind in type(error).__mro__} & {
+        "TransportError",
+        "ConnectionError",
+        "TimeoutError",
+    }:
         return f"The Hub at {api.endpoint} cannot be reached ({str(error) or type(error).__name__}). Check the network and HF_ENDPOINT."
     if line := explain(error):
         return line
