@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,76 +11,10 @@ from torch import nn
 
 from pipeline.config import TrainConfig
 from pipeline.errors import UserError
+from pipeline.sources import Source
 
 DROPOUTS = ("dropout", "attention_dropout", "seq_classif_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob",
             "classifier_dropout", "hidden_dropout", "classifier_dropout_prob", "embedding_dropout", "mlp_dropout")  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where the pre-trained model lies on this machine."""
-
-    folder: Path
-    commit: str | None  # of the Hub repository; None for a folder of the user's own
-    warning: str | None = None
-
-
-def find_model(config: TrainConfig) -> Source:
-    """The model's folder, pulled from the Hub into its cache where `model` is a Hub id.
-
-    Everything is fetched here, so that one rank can do it for all. Weights as safetensors only: a pickle from the
-    network could run code. Raises UserError for a model that is not there or has no such weights.
-    """
-    from huggingface_hub import HfApi, constants, errors, snapshot_download
-
-    name, revision = config.model, config.model_revision
-    if Path(name).expanduser().is_dir():
-        return _with_weights(Source(Path(name).expanduser(), None), name)
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise UserError(f"model is '{name}', which is no folder here. Give an existing folder or a Hub id (owner/name).")
-    # Only the top level: many repositories hold the same weights for other frameworks in folders.
-    wanted: Any = {"allow_patterns": ["*.json", "*.txt", "*.model", "*.safetensors"], "ignore_patterns": "*/*"}
-    warning = None
-    try:
-        if not constants.HF_HUB_OFFLINE:
-            # Asked first: its answers are precise, and a Hub that is not there costs no minute of retries.
-            HfApi().model_info(name, revision=revision, timeout=20)
-        # By its name and not by its commit: the cache then knows what the name stood for when the Hub is away.
-        folder = snapshot_download(name, revision=revision, **wanted)
-    except errors.GatedRepoError:
-        raise
-    except errors.RevisionNotFoundError as error:
-        raise UserError(
-            f"The model {name} has no revision '{revision}' at {constants.ENDPOINT}. Give one of its branches, tags or commits as "
-            "model_revision, or leave it out for main."
-        ) from error
-    except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
-        raise UserError(
-            f"No such repository: model '{name}' on the Hub at {constants.ENDPOINT} is not there, or your token may not see it. Check the "
-            "spelling (owner/name); for a private one `hf auth login` or set HF_TOKEN; for a folder check the path."
-        ) from error
-    except Exception as error:
-        if isinstance(error, errors.HfHubHTTPError):
-            raise
-        try:
-            folder = snapshot_download(name, revision=revision, local_files_only=True, **wanted)
-        except errors.LocalEntryNotFoundError:
-            raise error from None
-        warning = f"The Hub at {constants.ENDPOINT} cannot be reached: {name} is read from the cache, at commit {Path(folder).name}."
-    return _with_weights(Source(Path(folder), Path(folder).name, warning), name)
-
-
-def _with_weights(source: Source, name: str) -> Source:
-    if not (source.folder / "config.json").is_file():
-        raise UserError(
-            f"model '{name}' has no config.json: it is no transformers model. Choose another, for example distilbert/distilbert-base-uncased."
-        )
-    if not any(source.folder.glob("*.safetensors")):
-        raise UserError(
-            f"model '{name}' has no *.safetensors, the only weights that are loaded (a pickle could run code). Choose a model or a "
-            "--model_revision that has them; the Hub's conversion bot puts them at revision refs/pr/1 of many repositories."
-        )
-    return source
 
 
 def load_tokenizer(source: Source, config: TrainConfig) -> Any:

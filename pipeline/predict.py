@@ -26,6 +26,7 @@ from pipeline.columns import label_words, require_column, text_values
 from pipeline.errors import UserError, nearest, run_entry
 from pipeline.readers import read_file
 from pipeline.report import report_files, write_report
+from pipeline.sources import find_model
 
 OUTPUT_TYPES = (".csv", ".tsv", ".jsonl", ".parquet")
 
@@ -45,7 +46,12 @@ def load_classifier(name: str, device: str = "auto") -> Classifier:
 
     Raises UserError where it is not there or is no classifier that was trained.
     """
-    folder, commit = _fetch(name)
+    # owner/name@revision; a folder of that name, "@" and all, comes first
+    hub_id, _, revision = (name, "", "") if Path(name).expanduser().is_dir() else name.partition("@")
+    source = find_model(hub_id, revision or None)
+    folder, commit = source.folder, source.commit
+    if source.warning:
+        print(f"warning: {source.warning}", file=sys.stderr)
     import torch  # this and transformers take seconds: a wrong name is told before
     import transformers
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -81,26 +87,6 @@ def load_classifier(name: str, device: str = "auto") -> Classifier:
     max_length = min(tokenizer.model_max_length, getattr(settings, "max_position_embeddings", None) or 512)
     label_names = [settings.id2label[i] for i in range(settings.num_labels)]
     return Classifier(model.eval().to(device), tokenizer, label_names, max_length, name, commit)
-
-
-def _fetch(name: str) -> tuple[Path, str | None]:
-    """The folder of `owner/name[@revision]` in the cache, and its commit; or a folder as it is."""
-    from huggingface_hub import snapshot_download
-
-    folder, commit = Path(name).expanduser(), None
-    if not folder.is_dir():
-        repo, _, revision = name.partition("@")
-        if repo.startswith((".", "/", "~")) or repo.count("/") > 1:
-            raise UserError(f"model is '{name}', which is no folder here. Give an existing folder, or owner/name[@revision] on the Hub.")
-        # All files of one commit: model and tokenizer cannot come from two, and weights as pickles are not fetched at all.
-        folder = Path(snapshot_download(repo, revision=revision or None, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
-        commit = folder.name
-    if not (folder / "config.json").is_file() or not list(folder.glob("*.safetensors")):
-        raise UserError(
-            f"'{name}' holds no model in safetensors (config.json and model.safetensors). Give the release that training wrote, "
-            "outputs/<run>/release, or a Hub repository with such a model."
-        )
-    return folder, commit
 
 
 def score(texts: list[str], classifier: Classifier, batch_size: int = 64, show_progress: bool = False) -> tuple[np.ndarray, int]:

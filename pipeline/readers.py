@@ -21,8 +21,10 @@ import datasets
 import pyarrow as pa
 import pyarrow.csv
 from datasets import Dataset, DatasetDict
+from huggingface_hub import constants
 
 from pipeline.errors import UserError, explain, nearest
+from pipeline.sources import find_commit
 
 FILE_TYPES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -127,27 +129,10 @@ def _read_folder(path: Path, name: str | None) -> Splits:
 
 
 def _read_hub(source: str, name: str | None, revision: str | None) -> Splits:
-    from huggingface_hub import HfApi, constants, errors
-
-    what = f"dataset '{source}'" + (f" at revision '{revision}'" if revision else "")
-    try:
-        # Asked first: its answers are precise, and a Hub that is not there costs no half a minute of retries.
-        commit = HfApi().dataset_info(source, revision=revision, timeout=20).sha or ""
-    except errors.RevisionNotFoundError as error:
-        raise UserError(
-            f"The dataset {source} has no revision '{revision}' at {constants.ENDPOINT}. Give one of its branches, tags or commits "
-            "as dataset_revision, or leave it out for main."
-        ) from error
-    except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
-        raise UserError(
-            f"No dataset '{source}' on the Hub at {constants.ENDPOINT} that your token may see, and no such file or folder here. "
-            "Check the spelling (owner/name); for a private dataset `hf auth login` or set HF_TOKEN; for a file or folder check the path."
-        ) from error
-    except Exception as error:
-        if not _unreachable(error):
-            raise
+    commit = find_commit("dataset", source, revision)
+    if commit is None:
         return _read_hub_cache(source, name, revision, constants.ENDPOINT)
-    with _explained(what):
+    with _explained(f"dataset '{source}'" + (f" at revision '{revision}'" if revision else "")):
         return Splits(datasets.load_dataset(source, name=name, revision=commit), commit)
 
 
@@ -172,15 +157,6 @@ def _read_hub_cache(source: str, name: str | None, revision: str | None, endpoin
             "Check the network, or set dataset_revision to the commit that is there."
         )
     return Splits(tables, folder, [f"The Hub at {endpoint} cannot be reached: {source} is read from the cache, at commit {folder}."])
-
-
-def _unreachable(error: Exception) -> bool:
-    """Whether the network, not the Hub, said no. The client's HTTP library has changed its name before: go by the module."""
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-
-    if isinstance(error, HfHubHTTPError):
-        return False
-    return isinstance(error, OfflineModeIsEnabled | ConnectionError | TimeoutError) or type(error).__module__.startswith("http")
 
 
 @contextmanager

@@ -26,9 +26,10 @@ from pipeline.config import TrainConfig
 from pipeline.data import TextData, class_weights, load_texts, tokenize
 from pipeline.errors import UserError
 from pipeline.metrics import compute_metrics
-from pipeline.model import Source, find_model, load_tokenizer, weights_sha256
+from pipeline.model import load_tokenizer, weights_sha256
 from pipeline.record import Recorder
 from pipeline.sampler import GlobalBatchSampler
+from pipeline.sources import Source, find_model
 from pipeline.topology import BatchPlan, Topology
 
 Shard = tuple[np.ndarray, np.ndarray]  # row numbers and logits of one rank
@@ -65,7 +66,7 @@ def prepare(config: TrainConfig, topology: Topology, plan: BatchPlan) -> Prepare
     elif config.push_to_hub:
         hub.check_before_training(config)
     texts = load_texts(config, show_progress=speaks)
-    source = find_model(config)
+    source = find_model(config.model, config.model_revision)
     tokenizer = load_tokenizer(source, config)
     if speaks:
         for warning in [*texts.warnings, *([source.warning] if source.warning else [])]:

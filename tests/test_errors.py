@@ -236,7 +236,7 @@ def test_a_model_in_the_cache_serves_when_the_hub_is_away(tiny_model_dir: Path, 
     api.create_repo(name)
     api.upload_folder(repo_id=name, folder_path=tiny_model_dir)
     commit = api.upload_file(repo_id=name, path_in_repo="onnx/other.bin", path_or_fileobj=b"not wanted").oid
-    code = f"from pipeline.config import TrainConfig; from pipeline.model import find_model; print(find_model(TrainConfig(model={name!r})))"
+    code = f"from pipeline.sources import find_model; print(find_model({name!r}))"
     for extra, words in (
         ({}, "warning=None"),
         ({"HF_HUB_OFFLINE": "1"}, "warning=None"),

@@ -18,7 +18,7 @@ from pipeline.launch import KINDS
 LEVELS = [
     {"errors"},
     {"config"},
-    {"columns", "readers", "data", "sampler", "batches", "metrics", "model", "topology", "calibration", "assets"},
+    {"columns", "readers", "data", "sampler", "batches", "metrics", "model", "topology", "calibration", "assets", "sources"},
     {"checkpoint", "record", "export", "card", "card_images", "report"},
     {"release", "proof", "hub", "predict", "launch"},
     {"run", "quickstart"},
