@@ -9,7 +9,7 @@ ARGS ?=
 # A smaller torch without CUDA, from PyTorch's own index: make setup TORCH_INDEX=https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart train train-ddp train-raw-ddp hub push predict serve test test-all lint clean
+.PHONY: help setup quickstart train train-ddp train-raw-ddp doctor parity crash-test training-speed hub push predict serve test test-all lint clean
 
 help: ## List the targets
 	@echo "DistriNews: fine-tune a text classifier on one process or many, publish it to the Hub, serve it from there."
@@ -44,6 +44,18 @@ train-ddp: $(VENV)/.requirements ## Trainer, two processes or one per GPU (CONFI
 train-raw-ddp: $(VENV)/.requirements ## The hand-written DDP script, the same (CONFIG=, ARGS=)
 	@$(PY) -m pipeline.launch train-raw-ddp $(CONFIG) $(ARGS)
 
+doctor: $(VENV)/.requirements ## Examine a run before it is started (CONFIG=, LAUNCH=configs/accelerate/cpu2.yaml, ARGS=)
+	@$(PY) -m pipeline.doctor $(CONFIG) $(if $(LAUNCH),--launch "$(LAUNCH)") $(ARGS)
+
+parity: $(VENV)/.requirements ## Prove that entry, processes and accumulation change nothing: benchmarks/parity.md
+	@$(PY) -m benchmarks.parity $(ARGS)
+
+crash-test: $(VENV)/.requirements ## Kill a run 26 times and show that it ends the same: benchmarks/crash_test.md
+	@$(PY) -m benchmarks.crash_test $(ARGS)
+
+training-speed: $(VENV)/.requirements ## Trainer against raw, defaults against a plain loop, cost of checkpoints (ARGS="--dataset ...")
+	@$(PY) -m benchmarks.training_speed $(ARGS)
+
 hub: $(VENV)/.requirements ## A Hub on this machine, in the foreground (ARGS="--port 8009")
 	@$(PY) -m pipeline.local_hub $(ARGS)
 
@@ -64,7 +76,7 @@ test-all: $(VENV)/.requirements-dev ## All tests, at most 25 minutes on 2 cores
 	@$(PY) -m pytest -m slow $(ARGS) || test $$? = 5 # 5: ARGS left no slow test
 
 lint: $(VENV)/.requirements-dev ## ruff and mypy
-	@$(VENV)/bin/ruff format --check . && $(VENV)/bin/ruff check . && $(VENV)/bin/mypy pipeline serve
+	@$(VENV)/bin/ruff format --check . && $(VENV)/bin/ruff check . && $(VENV)/bin/mypy pipeline serve benchmarks
 
 clean: ## Remove what was built and fetched here (not outputs/)
 	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,11 +71,12 @@ def predict_logits(
     rank: int = 0,
     world_size: int = 1,
     autocast: torch.dtype | None = None,
+    tick: Callable[[], None] = lambda: None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Logits of this rank's share of the rows.
+    """Logits of this rank's share of the rows; `tick` is called after each batch.
 
     Returns:
-        row numbers `(share,)` and float32 logits `(share, classes)`, in the same order; both empty for a rank without
+        row numbers `(share,)` and float32 (of a float64 model: float64) logits `(share, classes)`, in the same order; both empty for a rank without
         a share. Leaves the model in
         evaluation mode and no random number drawn.
     """
@@ -88,7 +89,8 @@ def predict_logits(
         with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
             output = model(**{name: tensor.to(device) for name, tensor in inputs.items()}).logits
         numbers += batch
-        logits.append(output.float().cpu())
+        tick()
+        logits.append(output.cpu() if output.dtype == torch.float64 else output.float().cpu())
     stacked = torch.cat(logits).numpy() if logits else np.zeros((0, 0), dtype=np.float32)
     return np.asarray(numbers, dtype=np.int64), stacked
 

@@ -1,8 +1,9 @@
 """Checkpoints that count only when they are whole.
 
 A checkpoint is a folder `checkpoint-<step>`. Its files are written first; last, its manifest (size and sha256 of every
-file, the configuration, the step) is written beside them and renamed in. A run killed in mid-write leaves a folder
-without a manifest, which nothing here takes for a checkpoint. Both entries use the same rules; what is inside differs.
+file, the configuration, the step, the recorder's state) is written beside them and renamed in. A run killed in mid-write
+leaves a folder without a manifest, which nothing here takes for a checkpoint. Its files are safetensors and JSON, no
+pickle: it may come from a Hub. Both entries use the same rules; what is inside is `pipeline/state.py`.
 """
 
 from __future__ import annotations
@@ -25,8 +26,14 @@ MANIFEST = "manifest.json"
 # What may differ between the run that wrote a checkpoint and the one that goes on from it: where it runs and what it
 # tells, not what it learns. (Rows per device and the number of processes may change: the global batch does not.)
 FREE_FIELDS = {
-    "max_per_device_batch_size", "device", "cpu_threads", "dataloader_workers", "output_dir", "resume", "save_total_limit",
-    "tracker", "onnx", "push_to_hub", "hub_repo", "hub_tag", "hub_private",
+    "max_per_device_batch_size", "device", "cpu_threads", "dataloader_workers", "hang_seconds", "output_dir", "resume", "checkpoint_steps",
+    "save_total_limit", "tracker", "trace", "onnx", "push_to_hub", "hub_repo", "hub_tag", "hub_checkpoints", "hub_private",
+}  # fmt: skip
+
+# What only names the model and the rows: free to change (another folder, another machine) where these are the same.
+NAMES = {
+    "model", "model_revision", "dataset", "dataset_revision", "dataset_config", "train_split", "test_split", "test_file", "text_column",
+    "label_column",
 }  # fmt: skip
 
 
@@ -64,20 +71,40 @@ def begin(folder: Path) -> None:
     folder.mkdir(parents=True)
 
 
-def commit(folder: Path, config: TrainConfig, entry: str, world_size: int) -> None:
-    """Make the folder a checkpoint. Called by one rank once every rank has written its files."""
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
+def commit(
+    folder: Path, config: TrainConfig, entry: str, world_size: int, identity: Mapping[str, Any], recorder: Mapping[str, Any]
+) -> None:
+    """Make the folder a checkpoint. Called by one rank once every rank has written its files.
+
+    `identity` says which model and rows it was trained on (`run.identity`), `recorder` is the recorder's state.
+    """
+    files = sorted(p for p in folder.iterdir() if p.is_file() and p.name != MANIFEST)
     for path in files:
         _sync(path)
     manifest = {
-        "format": 1,
+        "format": 2,
         "entry": entry,
         "step": step_of(folder),
         "world_size": world_size,
         "config": config.to_dict(),
-        "files": {str(p.relative_to(folder)): {"size": p.stat().st_size, "sha256": _sha256(p)} for p in files},
+        "identity": dict(identity),
+        "recorder": dict(recorder),
+        "files": {p.name: {"size": p.stat().st_size, "sha256": _sha256(p)} for p in files},
     }
     write_json(folder / MANIFEST, manifest)
+
+
+def amend(folder: Path, recorder: Mapping[str, Any]) -> None:
+    """Put a later state of the recorder into a checkpoint: its validation comes after it was made whole."""
+    write_json(folder / MANIFEST, read_manifest(folder) | {"recorder": dict(recorder)})
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    return read_json(folder / MANIFEST)
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -94,19 +121,22 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 def defect(folder: Path) -> str | None:
     """Why the folder does not count as a checkpoint, or None when it is whole."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        files = manifest["files"]
+        manifest = read_manifest(folder)
+        files = {name: (int(facts["size"]), str(facts["sha256"])) for name, facts in manifest["files"].items()}
+        missing = {"entry", "world_size", "config", "identity", "recorder"} - manifest.keys()
     except FileNotFoundError:
         return "it has no manifest: the run was stopped while writing it"
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return "its manifest cannot be read"
-    for name, facts in files.items():
+    if missing:
+        return f"its manifest lacks {', '.join(sorted(missing))}"
+    for name, (size, digest) in files.items():
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
-        if path.stat().st_size != facts["size"]:
-            return f"{name} has {path.stat().st_size} bytes instead of {facts['size']}"
-        if _sha256(path) != facts["sha256"]:
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes instead of {size}"
+        if _sha256(path) != digest:
             return f"{name} has changed since it was written"
     return None
 
@@ -114,16 +144,6 @@ def defect(folder: Path) -> str | None:
 def whole(output_dir: str | Path) -> list[Path]:
     """Folders with a manifest, oldest first (contents not read: for keeping and removing, not for resuming)."""
     return [p for p in candidates(output_dir) if (p / MANIFEST).is_file()]
-
-
-def newest(output_dir: str | Path) -> Path | None:
-    """The newest checkpoint that is whole; each newer one that is not is named on stderr and passed over."""
-    for folder in reversed(candidates(output_dir)):
-        reason = defect(folder)
-        if reason is None:
-            return folder
-        print(f"warning: {folder} is not used: {reason}.", file=sys.stderr)
-    return None
 
 
 def set_aside(output_dir: str | Path) -> Path | None:
@@ -135,59 +155,111 @@ def set_aside(output_dir: str | Path) -> Path | None:
     return folder.rename(folder.with_name(f"{folder.name}.{number}"))
 
 
-def find_resume(config: TrainConfig, entry: str) -> Path | None:
+def find_resume(config: TrainConfig, entry: str, identity: Mapping[str, Any]) -> Path | None:
     """The checkpoint that `resume` asks for, or None to start from the beginning.
 
-    Raises UserError for a folder that is not a whole checkpoint, one of the other entry, or one written under a
-    configuration that learns something else.
+    With `auto` the newest that is whole and of this run; newer ones that are not are named on stderr and passed over.
+
+    Raises:
+        UserError: a named folder that cannot be resumed; a checkpoint of another model, other rows or the other entry;
+            checkpoints that are whole, but all of another configuration.
     """
     assert config.output_dir is not None
-    if config.resume == "none":
+    # A launcher that starts the workers again after a failure goes on, whatever was asked at first.
+    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    if config.resume == "none" and not again:
         moved = set_aside(config.output_dir)
         if moved:
             print(f"The earlier run in {config.output_dir} is kept as {moved}.")
         return None
-    if config.resume == "auto":
-        folder = newest(config.output_dir)
-        if folder is None:
-            return None
-    else:
-        folder = Path(config.resume)
-        if not folder.is_dir():
-            raise UserError(f"resume is '{config.resume}': allowed is auto, none, or the folder of a checkpoint.")
-        reason = defect(folder)
-        if folder.resolve().parent != Path(config.output_dir).resolve():
-            raise UserError(
-                f"resume is '{folder}', which lies outside the output folder {config.output_dir}. Add --output_dir {folder.parent}."
-            )
-        if reason:
-            raise UserError(f"{folder} cannot be resumed: {reason}. Choose another, or --resume auto for the newest whole one.")
-    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    search = _newest_of_this_run if config.resume in ("auto", "none") else _named
+    folder = search(config, entry, identity)
+    if folder:
+        _leave_behind(config.output_dir, step_of(folder))
+    return folder
+
+
+KEPT = "Give another --output_dir, or --resume none to start anew (the earlier run is kept beside it)"
+
+
+def _newest_of_this_run(config: TrainConfig, entry: str, identity: Mapping[str, Any]) -> Path | None:
+    others: list[str] = []
+    for folder in reversed(candidates(config.output_dir or "")):
+        reason = unusable(folder)
+        if reason is None:
+            manifest = read_manifest(folder)
+            _refuse_another_run(folder, manifest, config, entry, identity)
+            if changes := _changes(manifest["config"], config, set(config.to_dict()) - FREE_FIELDS - NAMES):
+                reason = f"it has another configuration ({changes})"
+                others.append(changes)
+        if reason is None:
+            return folder
+        print(f"warning: {folder} is not used: {reason}.", file=sys.stderr)
+    if others:
+        raise UserError(f"{config.output_dir} holds a run with another configuration ({others[0]}). {KEPT}, or the old values to go on.")
+    return None
+
+
+def _named(config: TrainConfig, entry: str, identity: Mapping[str, Any]) -> Path:
+    folder = Path(config.resume)
+    if not folder.is_dir():
+        raise UserError(f"resume is '{config.resume}': allowed is auto, none, or the folder of a checkpoint.")
+    if folder.resolve().parent != Path(config.output_dir or "").resolve():
+        raise UserError(
+            f"resume is '{folder}', which lies outside the output folder {config.output_dir}. Add --output_dir {folder.parent}."
+        )
+    if reason := unusable(folder):
+        raise UserError(f"{folder} cannot be resumed: {reason}. Choose another, or --resume auto for the newest whole one.")
+    manifest = read_manifest(folder)
+    _refuse_another_run(folder, manifest, config, entry, identity)
+    if changes := _changes(manifest["config"], config, set(config.to_dict()) - FREE_FIELDS - NAMES):
+        raise UserError(f"{folder} belongs to a run with another configuration ({changes}). {KEPT}, or the old values to go on.")
+    return folder
+
+
+def unusable(folder: Path) -> str | None:
+    """Why a run cannot go on from the folder: it is not whole, or the best checkpoint, which its end needs, is not."""
+    if reason := defect(folder):
+        return reason
+    best = read_manifest(folder)["recorder"].get("best")
+    if best and best["step"] != step_of(folder):
+        needed = checkpoint_folder(folder.parent, best["step"])
+        if reason := defect(needed) if needed.is_dir() else "it is missing":
+            return f"the best one, {needed.name}, is damaged ({reason})"
+    return None
+
+
+def _changes(then: Mapping[str, Any], config: TrainConfig, fields: set[str]) -> str:
+    now = config.to_dict()
+    return ", ".join(f"{name} {then.get(name)} -> {now[name]}" for name in now if name in fields and then.get(name) != now[name])
+
+
+def _refuse_another_run(folder: Path, manifest: Mapping[str, Any], config: TrainConfig, entry: str, identity: Mapping[str, Any]) -> None:
+    """Raises UserError where the checkpoint learnt from another model or other rows, or by the other entry."""
     if manifest["entry"] != entry:
-        raise UserError(
-            f"{folder} was written by the {manifest['entry']} entry, this is the {entry} one. Give another --output_dir, "
-            "or --resume none to start anew (the earlier run is kept beside it)."
-        )
-    now, then = config.to_dict(), manifest["config"]
-    different = [name for name in now if name not in FREE_FIELDS and then.get(name) != now[name]]
+        raise UserError(f"{folder} was written by the {manifest['entry']} entry, this is the {entry} one. {KEPT}.")
+    different = [name for name in identity if manifest["identity"].get(name) != identity[name]]
     if different:
-        changes = ", ".join(f"{name} {then.get(name)} -> {now[name]}" for name in different)
+        changes = _changes(manifest["config"], config, set(config.to_dict()) - FREE_FIELDS)
+        what = " and ".join(different)
         raise UserError(
-            f"{folder} belongs to a run with another configuration ({changes}). Give another --output_dir, or --resume none "
-            "to start anew (the earlier run is kept beside it), or the old values to go on."
+            f"{folder} was trained with another {what} ({changes or f'the names are the same, the contents of {what} have changed'}). "
+            f"{KEPT}, or put back what was there to go on."
         )
-    for later in candidates(config.output_dir):
-        if step_of(later) > step_of(folder):
-            # Half written: room for others. Whole, but of a line that is being left: kept, out of the way.
+
+
+def _leave_behind(output_dir: str, step: int) -> None:
+    """Later folders than the one resumed: half written ones make room, whole ones, of a line that is left, are kept aside."""
+    for later in candidates(output_dir):
+        if step_of(later) > step:
             if (later / MANIFEST).exists():
                 later.rename(later.with_name(f"{later.name}.set-aside-{time.time_ns()}"))
             else:
                 shutil.rmtree(later)
-    return folder
 
 
 def rotate(output_dir: str | Path, keep: int, best_step: int | None) -> None:
-    """Remove all but the newest `keep` whole checkpoints and the best one; half-written older folders go too."""
+    """Remove all but the newest `keep` (at least 1) whole checkpoints and the best one; half-written older folders go too."""
     kept = {p.name for p in whole(output_dir)[-keep:]}
     kept.add(f"checkpoint-{best_step}")
     last = max((step_of(p) for p in whole(output_dir)), default=-1)

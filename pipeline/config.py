@@ -69,22 +69,27 @@ class TrainConfig:
 
     # Where it runs
     device: Literal["auto", "cpu", "cuda"] = _option("auto", "auto: CUDA where there is a GPU, else the CPU.")
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = _option(
-        "auto", "auto: bf16 where the hardware computes in it, else fp16 on a GPU, else fp32."
+    precision: Literal["auto", "fp32", "bf16", "fp16", "fp64"] = _option(
+        "auto", "auto: bf16 where the hardware computes in it, else fp16 on a GPU, else fp32. fp64: for proofs, slow."
     )
     cpu_threads: int = _option(0, "Threads per process on the CPU; 0: allowed cores divided by local processes.")
     dataloader_workers: int = _option(0, "Processes per rank that collate batches; 0: in the training process.")
 
+    hang_seconds: int = _option(25, "A rank without progress for this long (and 5 times the longest step) ends the run; 0: never.")
+
     # What is kept and told
     output_dir: str | None = _option(None, "Folder of the run; none: outputs/<name of the configuration file>.")
     resume: str = _option("auto", "auto: go on from the newest complete checkpoint; none: start anew; or a folder.")
+    checkpoint_steps: int = _option(500, "Optimizer steps between checkpoints, beside those at validations; 0: only those.")
     save_total_limit: int = _option(2, "Complete checkpoints kept beside the best one, at least 1.")
     logging_steps: int = _option(10, "Optimizer steps between logged training losses.")
     tracker: Literal["none", "tensorboard"] = _option("none", "Also log for TensorBoard under <output_dir>/runs.")
+    trace: bool = _option(False, "Write what each step saw and did to <output_dir>/trace, for comparing runs (slow).")
     onnx: bool = _option(True, "Put onnx/model.onnx into the release, for the service and browsers (some ten seconds).")
     push_to_hub: bool = _option(False, "After training publish the release to `hub_repo`, tag it and prove it.")
     hub_repo: str | None = _option(None, "owner/name of the model repository to publish to.")
     hub_tag: str | None = _option(None, "Tag of the release; none: v1, or the next free v2, v3, ...")
+    hub_checkpoints: bool = _option(False, "Push each checkpoint to a branch of `hub_repo` in the background; resume from there.")
     hub_private: bool = _option(False, "Create the model repository as private.")
 
     def __post_init__(self) -> None:
@@ -104,7 +109,8 @@ class TrainConfig:
                      "evals_per_epoch", "save_total_limit", "logging_steps"):  # fmt: skip
             if getattr(self, name) <= 0:
                 raise UserError(f"{name} is {getattr(self, name)}: allowed is anything above 0.")
-        for name in ("weight_decay", "max_grad_norm", "early_stopping_patience", "cpu_threads", "dataloader_workers", "seed"):
+        for name in ("weight_decay", "max_grad_norm", "early_stopping_patience", "cpu_threads", "dataloader_workers", "seed",
+                     "hang_seconds", "checkpoint_steps"):  # fmt: skip
             if getattr(self, name) < 0:
                 raise UserError(f"{name} is {getattr(self, name)}: allowed is 0 or more.")
         if self.max_length < 4:
@@ -115,6 +121,8 @@ class TrainConfig:
             raise UserError(f"max_train_samples is {self.max_train_samples}: allowed is anything above 0, or none for all rows.")
         if self.push_to_hub and not self.hub_repo:
             raise UserError("push_to_hub is set but hub_repo is not: add --hub_repo owner/name.")
+        if self.hub_checkpoints and not self.hub_repo:
+            raise UserError("hub_checkpoints is set but hub_repo is not: add --hub_repo owner/name.")
         if self.hub_repo and self.hub_repo.count("/") != 1:
             raise UserError(f"hub_repo is '{self.hub_repo}': allowed is owner/name, for example your-name/ag-news.")
 

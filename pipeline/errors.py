@@ -17,12 +17,22 @@ from collections.abc import Callable, Iterable
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, the shell's convention
+EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped by SIGTERM with everything saved; start it again
+EXIT_PEER_LOST = 69  # EX_UNAVAILABLE: another rank has ended
+EXIT_HUNG = 70  # EX_SOFTWARE: another rank does not go on; the rank that noticed has said so
 PATIENCE_SECONDS = 5  # the launcher looks for failed ranks ten times a second
 GO_ON = "Interrupted. Complete checkpoints are kept: run the same command again to go on."
 
 
 class UserError(ValueError):
     """What the person who typed the command can put right; its text is one line they can act on."""
+
+
+class PeerLost(RuntimeError):
+    """Another rank of the run has ended; its text names the rank."""
+
+    def __str__(self) -> str:
+        return f"{self.args[0]}. The same command goes on from the newest complete checkpoint."
 
 
 def nearest(given: str, allowed: Iterable[str]) -> str:
@@ -50,7 +60,7 @@ def explain(error: BaseException) -> str | None:
 
 
 def _explain_one(error: BaseException) -> str | None:
-    if isinstance(error, UserError):
+    if isinstance(error, UserError | PeerLost):
         return str(error)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         where = f" writing {error.filename}" if error.filename else ""
@@ -132,7 +142,10 @@ def tell(error: BaseException) -> None:
         return
     error.told = True  # type: ignore[attr-defined]
     rank, text = int(os.environ.get("RANK", "0")), explain(error)
-    if rank != 0:
+    if isinstance(error, PeerLost):
+        if "DISTRINEWS_COMMAND" in os.environ:
+            return  # our launcher sees how that rank ended, and says so
+    elif rank != 0:
         time.sleep(PATIENCE_SECONDS)
     if text is None:
         if rank == 0 and ("by peer" in str(error) or type(error).__name__.startswith("Dist")):
@@ -147,8 +160,9 @@ def tell(error: BaseException) -> None:
 def run_entry(main: Callable[[list[str]], int | None], *, interrupted: str = "Interrupted.") -> int:
     """Run `main(arguments)` and turn what it raises into an exit code and, for a user's mistake, one line on stderr.
 
-    Returns 0 (or what `main` returned), 2 for a user's mistake, 130 after Ctrl-C, when rank 0 says `interrupted`. Any
-    other exception is a defect of ours and propagates with its traceback. Every command understands `--debug`.
+    Returns 0 (or what `main` returned), 2 for a user's mistake, 69 where another rank has ended, 130 after Ctrl-C, when
+    rank 0 says `interrupted`. Any other exception is a defect of ours and propagates with its traceback. Every command understands
+    `--debug`.
     """
     try:
         return main([argument for argument in sys.argv[1:] if argument != "--debug"]) or 0
@@ -160,4 +174,4 @@ def run_entry(main: Callable[[list[str]], int | None], *, interrupted: str = "In
         tell(error)
         if explain(error) is None:
             raise
-        return EXIT_USER_ERROR
+        return EXIT_PEER_LOST if isinstance(error, PeerLost) else EXIT_USER_ERROR

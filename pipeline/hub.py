@@ -13,23 +13,23 @@ import argparse
 import contextlib
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from huggingface_hub.utils import validate_repo_id
-from huggingface_hub.utils.sha import git_hash, sha_fileobj
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
 from pipeline.card import PLACEHOLDER
+from pipeline.checkpoint import whole
 from pipeline.config import TrainConfig
-from pipeline.errors import UserError, explain, run_entry
+from pipeline.errors import UserError, run_entry
+from pipeline.hub_access import advice, advice_line, check_write_access, limit_waiting, require_private, same_content
 from pipeline.proof import RELEASE_SUFFIXES, Proof, prove
 
 __all__ = ["Proof", "Published", "check_before_training", "check_write_access", "prove", "publish"]
 
+CHECK_SECONDS = 20  # for the Hub to answer before a training starts
 REQUIRED = ("README.md", "config.json", "golden.json", "model.safetensors", "run.json", "tokenizer.json")
 # Left over from an earlier release these would be loaded beside the new files and contradict them. All else that a
 # repository holds is its owner's and stays.
@@ -49,56 +49,31 @@ class Published:
 
 
 def check_before_training(config: TrainConfig, api: HfApi | None = None) -> None:
-    """With `push_to_hub` set: is there a token, and may it write to `hub_repo`? Asked before hours are spent; writes nothing.
+    """Where the run is to write to the Hub: is there a token, and may it write to `hub_repo`? Asked before hours are spent; writes nothing.
 
-    Raises UserError, also when the Hub cannot be reached.
+    A Hub that cannot be asked now is a warning for a run that has a checkpoint to go on from, or only backs up its
+    checkpoints: it may be back before it is needed. Raises UserError otherwise, and for a token or name that will not do.
     """
-    if config.push_to_hub:
-        assert config.hub_repo is not None, "TrainConfig asks for hub_repo with push_to_hub"
-        api = api or HfApi()
-        if config.hub_tag is not None:
-            _check_tag_name(config.hub_tag)
-        with _advice(api, config.hub_repo, "Train without --push_to_hub and publish later with `python -m pipeline.hub`."):
-            check_write_access(config.hub_repo, api)
-
-
-def check_write_access(repo: str, api: HfApi) -> None:
-    """Raises UserError unless `repo` is a legal name in a namespace that the token may write to."""
+    if not (config.push_to_hub or config.hub_checkpoints):
+        return
+    assert config.hub_repo is not None, "TrainConfig asks for hub_repo"
+    api = api or HfApi()
+    if config.push_to_hub and config.hub_tag is not None:
+        _check_tag_name(config.hub_tag)
+    limit_waiting(CHECK_SECONDS)
     try:
-        validate_repo_id(repo)
-    except HFValidationError as error:
-        raise UserError(f"'{repo}' cannot be a repository: {str(error).splitlines()[0]} Allowed is owner/name.") from error
-    owner, slash, _ = repo.partition("/")
-    if not slash:
-        raise UserError(f"'{repo}' names no owner: allowed is owner/name, for example your-name/{repo}.")
-    if not (api.token or get_token()):
-        raise UserError(f"Publishing to {repo} needs a token: run `hf auth login`, or set HF_TOKEN to a token with the right to write.")
-    try:
-        me = api.whoami()
-    except HfHubHTTPError as error:
-        if error.response.status_code != 401:
+        check_write_access(config.hub_repo, api)
+    except UserError:
+        raise
+    except Exception as error:
+        line = advice_line(error, api, config.hub_repo)
+        if line is None:
             raise
-        raise UserError(
-            f"The Hub at {api.endpoint} does not know this token. HF_TOKEN goes before a stored login: set it to a valid one, or "
-            "unset it and run `hf auth login`."
-        ) from error
-    token = me.get("auth", {}).get("accessToken", {})
-    if token.get("role") == "read":
-        raise UserError(
-            f"The token '{token.get('displayName', '')}' of {me['name']} may only read. Make one with the right to write under "
-            "Settings > Access Tokens, then `hf auth login` or set HF_TOKEN."
-        )
-    organisations = {entry["name"]: entry.get("roleInOrg") for entry in me.get("orgs", [])}
-    allowed = [me["name"], *(name for name, role in organisations.items() if role != "read")]
-    if owner not in allowed:
-        raise UserError(f"You are {me['name']} and may not write to '{owner}'. Allowed are {', '.join(f'{name}/...' for name in allowed)}.")
-    scoped = token.get("fineGrained", {}).get("scoped")
-    if token.get("role") == "fineGrained" and scoped is not None:
-        rights = {right for scope in scoped if scope["entity"].get("name") in (owner, repo) for right in scope["permissions"]}
-        if "repo.write" not in rights:
-            raise UserError(
-                f"The fine-grained token '{token.get('displayName', '')}' may not write to {repo}: give it write access to {owner}."
-            )
+        if config.push_to_hub and not (config.output_dir and whole(config.output_dir)):
+            raise UserError(f"{line} Train without --push_to_hub and publish later with `python -m pipeline.hub`.") from error
+        print(f"warning: {line} Training goes on; what is for the Hub is kept here until it can be reached.", flush=True)
+    finally:
+        limit_waiting()
 
 
 def publish(
@@ -121,18 +96,16 @@ def publish(
             network, or a failed proof.
     """
     folder, api = Path(folder), api or HfApi()
+    limit_waiting()
     files = _release_files(folder, repo)
     if tag is not None:
         _check_tag_name(tag)
     kept = f"Nothing is lost: the release stays in {folder}; run `python -m pipeline.hub --run {folder.parent} --repo {repo}` again then."
-    with _advice(api, repo, kept):
+    with advice(api, repo, kept):
         check_write_access(repo, api)
         repo = api.create_repo(repo, private=private or None, exist_ok=True).repo_id
-        if private and not api.model_info(repo).private:
-            raise UserError(
-                f"{repo} exists already and is public; it was asked for as private. Make it so first (`hf repos settings {repo} "
-                "--private`), leave --private out, or choose another name."
-            )
+        if private:
+            require_private(repo, api)
         refs = api.list_repo_refs(repo)
         tags = {ref.name: ref.target_commit for ref in refs.tags}
         branches = {ref.name: ref.target_commit for ref in refs.branches}
@@ -193,21 +166,10 @@ def _commit(api: HfApi, repo: str, head: str | None, files: Mapping[str, Path | 
 
 
 def _holds(api: HfApi, repo: str, commit: str, files: Mapping[str, Path | bytes]) -> bool:
-    """Whether the repository at `commit` has exactly this release, compared by hash."""
+    """Whether the repository at `commit` has exactly this release."""
     there: dict[str, Any] = {entry.path: entry for entry in api.get_paths_info(repo, list(files), revision=commit)}
-    for name, content in files.items():
-        entry = there.get(name)
-        if entry is None:
-            return False
-        if entry.lfs is None:
-            data = content if isinstance(content, bytes) else content.read_bytes()
-            if git_hash(data) != entry.blob_id:
-                return False
-        else:
-            assert isinstance(content, Path), "the card is no large file"
-            with content.open("rb") as file:
-                if sha_fileobj(file).hex() != entry.lfs.sha256:
-                    return False
+    if not all(same_content(there.get(name), content) for name, content in files.items()):
+        return False
     return not _stale(api, repo, commit, files)
 
 
@@ -223,44 +185,6 @@ def _next_tag(tags: Mapping[str, str]) -> str:
 def _check_tag_name(tag: str) -> None:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", tag) or ".." in tag or tag.endswith((".", ".lock")):
         raise UserError(f"'{tag}' cannot be a tag: allowed are letters, digits, '.', '_' and '-', starting with a letter or digit. Try v1.")
-
-
-@contextlib.contextmanager
-def _advice(api: HfApi, repo: str, afterwards: str) -> Iterator[None]:
-    """The Hub's refusals as one line that a person can act on; `afterwards` says how to go on."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        line = _advice_line(error, api, repo)
-        if line is None:
-            raise
-        raise UserError(f"{line} {afterwards}") from error
-
-
-def _advice_line(error: Exception, api: HfApi, repo: str) -> str | None:
-    response = getattr(error, "response", None)
-    status = getattr(response, "status_code", None)
-    said = getattr(error, "server_message", None) or ""
-    if status == 412:
-        return f"Somebody else committed to {repo} while this release was on its way, so it was not put over theirs."
-    if status in (402, 413, 507) or (status == 403 and re.search(r"quota|storage|limit|exceed|upgrade", said, re.IGNORECASE)):
-        return f"The Hub has no room for {repo} ({status}: {said or 'quota'}). Delete old repositories or get more storage."
-    if status == 409:
-        return f"The Hub at {api.endpoint} refused {repo} for a clash ({said or 'conflict'})."
-    # The client lets its HTTP library's own errors through, and Xet's, which are Python's.
-    if "HF_HUB_DISABLE_XET" not in str(error) and {kind.__name__ for kind in type(error).__mro__} & {
-        "TransportError",
-        "ConnectionError",
-        "TimeoutError",
-    }:
-        return f"The Hub at {api.endpoint} cannot be reached ({str(error) or type(error).__name__}). Check the network and HF_ENDPOINT."
-    if line := explain(error):
-        return line
-    if isinstance(error, ValueError) and "README.md" in str(error):
-        return f"The Hub refuses the model card: {error!s} Correct README.md in the release folder."
-    return None
 
 
 class _Parser(argparse.ArgumentParser):

@@ -3,6 +3,7 @@
     python -m pipeline.launch train configs/ag_news.yaml --epochs 1        # one process
     python -m pipeline.launch train-ddp configs/ag_news.yaml               # two processes, or one per GPU
     python -m pipeline.launch train-raw-ddp configs/ag_news.yaml           # the hand-written script
+    python -m pipeline.launch train-ddp configs/ag_news.yaml --max_restarts 3   # goes on by itself after a failed rank
 
 It prints the plain `accelerate launch` or `torchrun` command it stands for. Those launchers turn any failure into exit
 code 1 and forty lines of traceback; here the entry's own line is the last word and its code comes through.
@@ -19,12 +20,12 @@ import sys
 from typing import Any
 
 from pipeline.config import parse
-from pipeline.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError, nearest, run_entry
+from pipeline.errors import EXIT_HUNG, EXIT_INTERRUPTED, EXIT_STOPPED, EXIT_USER_ERROR, UserError, nearest, run_entry
 
 KINDS = ("train", "train-ddp", "train-raw-ddp")
 
 
-def build_command(kind: str, arguments: list[str], device: str, gpus: int) -> tuple[list[str], str]:
+def build_command(kind: str, arguments: list[str], device: str, gpus: int, restarts: int = 0) -> tuple[list[str], str]:
     """The bare command a user would type for a configured `device` and this many GPUs, and a few words on why."""
     if device == "cpu":
         gpus = 0
@@ -35,8 +36,10 @@ def build_command(kind: str, arguments: list[str], device: str, gpus: int) -> tu
     if gpus == 1 and kind != "train":
         why += " (two processes on the CPU: --device cpu)"
     if kind == "train-raw-ddp":
-        return ["torchrun", "--standalone", "--nproc_per_node", str(processes), "-m", "pipeline.train_ddp", *arguments], why
+        again = ["--max_restarts", str(restarts)] if restarts else []
+        return ["torchrun", "--standalone", "--nproc_per_node", str(processes), *again, "-m", "pipeline.train_ddp", *arguments], why
     count = ["--num_processes", str(processes)] if processes > 2 else []
+    count += ["--max_restarts", str(restarts)] if restarts else []
     return ["accelerate", "launch", "--config_file", f"configs/accelerate/{name}.yaml", *count, "-m", "pipeline.train", *arguments], why
 
 
@@ -63,7 +66,8 @@ def launch(command: list[str]) -> int:
     except subprocess.CalledProcessError as error:
         return _verdict({0: error.returncode})
     except SignalException as error:
-        return 128 + int(error.sigval)
+        # The workers have saved and ended; should one have been too slow for that, there is still all to go on from.
+        return EXIT_STOPPED if error.sigval == signal.SIGTERM else 128 + int(error.sigval)
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     return 0
@@ -71,10 +75,10 @@ def launch(command: list[str]) -> int:
 
 def _verdict(codes: dict[int, int]) -> int:
     """The exit code that tells why, of all failed ranks' codes (negative: ended by that signal)."""
-    for code in (EXIT_USER_ERROR, EXIT_INTERRUPTED):
+    for code in (EXIT_USER_ERROR, EXIT_INTERRUPTED, EXIT_HUNG):
         if code in codes.values():
             return code
-    # The launcher ends the other ranks by SIGTERM, and a rank that lost its peer fails with 1: neither is the cause.
+    # The launcher ends the other ranks by SIGTERM, and a rank that lost its peer fails as well: neither is the cause.
     for rank, code in codes.items():
         if code < 0 and code != -signal.SIGTERM:
             name = signal.Signals(-code).name
@@ -84,6 +88,10 @@ def _verdict(codes: dict[int, int]) -> int:
                 file=sys.stderr,
             )
             return 128 - code
+    if EXIT_STOPPED in codes.values():
+        if 0 not in codes:  # rank 0 has no chance to say it when another one, asked alone, leaves first
+            print("\nStopped by SIGTERM. Complete checkpoints are kept: run the same command again to go on.", file=sys.stderr)
+        return EXIT_STOPPED
     return next((code for code in codes.values() if code > 0), 128 + signal.SIGTERM)
 
 
@@ -105,16 +113,31 @@ def _hand_to_children(number: int, _: Any) -> None:
         child.send_signal(number)
 
 
+def _take_restarts(arguments: list[str]) -> int:
+    """Take `--max_restarts N`, the launchers' option, out of the entry's arguments."""
+    for i, argument in enumerate(arguments):
+        if argument.split("=")[0] in ("--max_restarts", "--max-restarts"):
+            value = argument.partition("=")[2] if "=" in argument else (arguments[i + 1 : i + 2] or [""])[0]
+            if not value.isdigit():
+                raise UserError(f"--max_restarts is '{value}': allowed is a whole number, how often to start again after a failed rank.")
+            del arguments[i : i + (1 if "=" in argument else 2)]
+            return int(value)
+    return 0
+
+
 def main(argv: list[str]) -> int:
     if not argv or argv[0] not in KINDS:
         given = argv[0] if argv else "nothing"
         raise UserError(f"'{given}' is no launch target; allowed is {', '.join(KINDS)}.{nearest(given, KINDS)}")
     # Parsed here already: a mistake in it needs no launcher to be found.
-    config = parse(argv[1:], f"python -m pipeline.launch {argv[0]}")
+    kind, *arguments = argv
+    restarts = _take_restarts(arguments)
+    config = parse(arguments, f"python -m pipeline.launch {kind}")
     import torch
 
-    arguments = argv[1:] + ["--debug"] * ("--debug" in sys.argv)
-    command, why = build_command(argv[0], arguments, config.device, torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    arguments += ["--debug"] * ("--debug" in sys.argv)
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    command, why = build_command(kind, arguments, config.device, gpus, restarts)
     print(f"{why}\n$ {shlex.join(command)}", flush=True)
     os.environ["DISTRINEWS_COMMAND"] = shlex.join(command)
     return launch(command)

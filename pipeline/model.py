@@ -34,7 +34,11 @@ def load_tokenizer(source: Source, config: TrainConfig) -> Any:
 
 
 def build_model(source: Source, config: TrainConfig, label_names: Sequence[str], attention: str | None = None) -> nn.Module:
-    """The pre-trained encoder with a new classification head, in fp32 on the CPU, the head drawn from `seed`."""
+    """The pre-trained encoder with a new classification head, on the CPU, the head drawn from `seed`.
+
+    In fp32 whatever the precision of training: autocast computes in less where that is safe. Only fp64 holds its weights
+    in float64 (drawn in fp32, so that they start from the same values).
+    """
     import transformers
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
@@ -70,7 +74,7 @@ def build_model(source: Source, config: TrainConfig, label_names: Sequence[str],
     # Stock Trainer believes that a forward with **kwargs divides the loss by the tokens of the global batch, and
     # multiplies losses and gradients by the world size and the accumulation. This model's mean loss wants neither.
     model.accepts_loss_kwargs = False
-    return model
+    return model.double() if config.precision == "fp64" else model
 
 
 def classification_loss(logits: torch.Tensor, labels: torch.Tensor, class_weights: torch.Tensor | None = None) -> torch.Tensor:
@@ -79,9 +83,10 @@ def classification_loss(logits: torch.Tensor, labels: torch.Tensor, class_weight
     Weighted rows are divided by the number of rows, not by the sum of their weights (torch's default): only so is the
     mean over ranks of equal micro-batches the loss of the global batch.
     """
+    logits = logits if logits.dtype == torch.float64 else logits.float()
     if class_weights is None:
-        return nn.functional.cross_entropy(logits.float(), labels)
-    rows = nn.functional.cross_entropy(logits.float(), labels, reduction="none")
+        return nn.functional.cross_entropy(logits, labels)
+    rows = nn.functional.cross_entropy(logits, labels, reduction="none")
     return (class_weights[labels] * rows).mean()
 
 

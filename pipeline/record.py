@@ -7,7 +7,6 @@ every rank, because all ranks must agree on when to stop; only rank 0 speaks and
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import math
 import os
 import platform
@@ -21,16 +20,14 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from tqdm.auto import tqdm
 
-from pipeline.checkpoint import write_json
 from pipeline.config import TrainConfig
 from pipeline.topology import BatchPlan, Topology, allowed_cores
 
-STATE = "recorder.json"
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "evaluate", "huggingface_hub", "tokenizers", "numpy", "onnx", "onnxruntime")
 
 
@@ -42,10 +39,11 @@ def evaluation_steps(steps_per_epoch: int, total_steps: int, evals_per_epoch: in
 
 
 class Recorder:
-    """History, best checkpoint, early stopping and timing of one run; resumable through `save` and `load`.
+    """History, best checkpoint, early stopping and timing of one run; resumable through `state` and `load`.
 
     `samples_per_second` counts training rows against the time spent in training steps: data wait, forward, backward,
-    all-reduce and optimizer, without validation and checkpoints. `train_seconds` is the whole loop, with them.
+    all-reduce and optimizer, without validation and checkpoints, which `pauses` counts in seconds. `train_seconds` is the
+    whole loop, with them.
     """
 
     def __init__(self, config: TrainConfig, topology: Topology, plan: BatchPlan, steps_per_epoch: int) -> None:
@@ -62,6 +60,7 @@ class Recorder:
         self.finished = False  # all steps done, or stopped early
         self.step_seconds = 0.0
         self.train_seconds = 0.0
+        self.pauses = {"validation": 0.0, "checkpoint": 0.0}
         self.sessions: list[dict[str, Any]] = []  # what trained it, one entry for each time it was started or resumed
         self._mark: dict[str, float] = {"step": 0, "seconds": 0.0, "logs": 0}  # where the last evaluation stood
         self._started = self._resumed = 0.0
@@ -84,13 +83,16 @@ class Recorder:
                 self._board = SummaryWriter(log_dir=f"{self.config.output_dir}/runs", purge_step=self.step + 1)
 
     @contextmanager
-    def pause(self) -> Iterator[None]:
+    def pause(self, what: Literal["validation", "checkpoint"]) -> Iterator[None]:
         """Around validation and checkpoints: their time is not training time."""
-        self.step_seconds += time.perf_counter() - self._resumed
+        began = time.perf_counter()
+        if self._started:
+            self.step_seconds += began - self._resumed
         try:
             yield
         finally:
             self._resumed = time.perf_counter()
+            self.pauses[what] += self._resumed - began
 
     def stop(self) -> None:
         """Training has ended (or is being left by an exception, perhaps before it began)."""
@@ -116,6 +118,21 @@ class Recorder:
     def should_log(self, step: int) -> bool:
         """Every `logging_steps`, and before each evaluation, so that its line can give the training loss."""
         return step % self.config.logging_steps == 0 or step in self.evaluation_steps
+
+    def should_save(self, step: int) -> bool:
+        """Every `checkpoint_steps`, and before each evaluation, which judges that checkpoint."""
+        every = self.config.checkpoint_steps
+        return step in self.evaluation_steps or (every > 0 and step % every == 0)
+
+    @property
+    def owes_evaluation(self) -> bool:
+        """The run was ended between a checkpoint and its validation."""
+        return self.step in self.evaluation_steps and (not self.epochs or self.epochs[-1]["step"] != self.step)
+
+    @property
+    def logged_step(self) -> int:
+        """The step after which a training loss was last logged."""
+        return int(self.history[-1]["step"]) if self.history else 0
 
     def logged(self, step: int, loss: float, learning_rate: float, grad_norm: float | None) -> None:
         """The training loss, mean over all ranks and over the steps since the last log."""
@@ -176,16 +193,28 @@ class Recorder:
 
     # -- state in a checkpoint ------------------------------------------------------------------------------------
 
-    _KEPT = ("step", "history", "epochs", "best", "worse_in_a_row", "finished", "step_seconds", "train_seconds", "sessions", "_mark")
+    _KEPT = (
+        "step",
+        "history",
+        "epochs",
+        "best",
+        "worse_in_a_row",
+        "finished",
+        "step_seconds",
+        "train_seconds",
+        "pauses",
+        "sessions",
+        "_mark",
+    )
 
-    def save(self, folder: Path) -> None:
-        """Write what a resumed run needs into a checkpoint folder (call inside `pause`)."""
-        state = {name: getattr(self, name) for name in self._KEPT}
-        write_json(folder / STATE, state | {"train_seconds": self.train_seconds + time.perf_counter() - self._started})
+    def state(self) -> dict[str, Any]:
+        """What a resumed run needs, for a checkpoint's manifest (call inside `pause`)."""
+        running = time.perf_counter() - self._started if self._started else 0.0
+        return {name: getattr(self, name) for name in self._KEPT} | {"train_seconds": self.train_seconds + running}
 
-    def load(self, folder: Path) -> None:
-        for name, value in json.loads((folder / STATE).read_text(encoding="utf-8")).items():
-            setattr(self, name, value)
+    def load(self, state: Mapping[str, Any]) -> None:
+        for name in self._KEPT:
+            setattr(self, name, state[name])
 
 
 def run_record(
@@ -203,6 +232,7 @@ def run_record(
         "data": dict(data),
         "steps": recorder.step,
         "train_seconds": recorder.train_seconds,
+        "pauses": recorder.pauses,
         "samples_per_second": recorder.step * plan.global_rows / max(recorder.step_seconds, 1e-9),
         "history": recorder.history,
         "epochs": recorder.epochs,

@@ -5,6 +5,8 @@ Nothing here talks to other ranks. Where all ranks' results are needed the entry
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +17,10 @@ import torch
 import transformers
 from datasets import Dataset
 from huggingface_hub.utils import disable_progress_bars
-from safetensors.torch import load_file
 from torch import nn
 
-from pipeline import hub, record, release
+from pipeline import checkpoint, hub, record, release
+from pipeline.backup import Backup, restore
 from pipeline.batches import Collator, in_order, predict_logits
 from pipeline.calibration import fit_temperature, fold_temperature
 from pipeline.checkpoint import checkpoint_folder, write_json
@@ -30,8 +32,10 @@ from pipeline.model import load_tokenizer, weights_sha256
 from pipeline.record import Recorder
 from pipeline.sampler import GlobalBatchSampler
 from pipeline.sources import Source, find_model
+from pipeline.state import load_weights
 from pipeline.topology import BatchPlan, Topology
 
+BACKUP_SECONDS = 60  # for the last checkpoint to reach the Hub, once all else is done
 Shard = tuple[np.ndarray, np.ndarray]  # row numbers and logits of one rank
 
 
@@ -63,7 +67,7 @@ def prepare(config: TrainConfig, topology: Topology, plan: BatchPlan) -> Prepare
     transformers.utils.logging.disable_progress_bar()  # its bars for reading and writing weights appear on every rank
     if not speaks:
         disable_progress_bars()
-    elif config.push_to_hub:
+    elif config.push_to_hub or config.hub_checkpoints:
         hub.check_before_training(config)
     texts = load_texts(config, show_progress=speaks)
     source = find_model(config.model, config.model_revision)
@@ -88,7 +92,7 @@ def prepare(config: TrainConfig, topology: Topology, plan: BatchPlan) -> Prepare
 
 def training_sampler(config: TrainConfig, topology: Topology, plan: BatchPlan, train: Dataset) -> GlobalBatchSampler:
     return GlobalBatchSampler(
-        train["length"],
+        train["length"][:],  # the whole column at once: row by row takes ten seconds for a hundred thousand
         global_batch_size=plan.global_rows,
         accumulation=plan.accumulation,
         num_replicas=topology.world_size,
@@ -106,7 +110,7 @@ def announce(entry: str, config: TrainConfig, topology: Topology, plan: BatchPla
     recorder.say(
         f"entry       {entry}\n"
         f"topology    {topology.world_size} process(es), backend {topology.backend}, {place}\n"
-        f"precision   {topology.precision}{' (autocast; weights and optimizer in fp32)' if topology.precision != 'fp32' else ''}\n"
+        f"precision   {topology.precision}{' (autocast; weights and optimizer in fp32)' if topology.autocast else ''}\n"
         f"model       {config.model}, {len(prepared.label_names)} classes{weights}\n"
         f"data        {config.dataset}: {rows}\n"
         f"batch       {plan}\n"
@@ -120,6 +124,12 @@ def announce(entry: str, config: TrainConfig, topology: Topology, plan: BatchPla
         )
     elif recorder.step:
         recorder.say(f"resumed     after step {recorder.step} of {recorder.total_steps}")
+        before = recorder.sessions[-1]["topology"]["world_size"]
+        if before != topology.world_size and config.dropout != 0:
+            recorder.say(
+                f"note        {topology.world_size} process(es) go on from {before}: dropout masks belong to a rank, so from here they differ "
+                "from a run that never changed. With --dropout 0 only rounding would."
+            )
 
 
 def seed_dropout(config: TrainConfig, topology: Topology) -> None:
@@ -127,13 +137,79 @@ def seed_dropout(config: TrainConfig, topology: Topology) -> None:
     torch.manual_seed(config.seed + 1 + topology.rank)
 
 
-def load_weights(model: nn.Module, config: TrainConfig, step: int) -> None:
-    """Put the weights of the checkpoint of that step into the model, in place."""
-    assert config.output_dir is not None
-    path = checkpoint_folder(config.output_dir, step) / "model.safetensors"
-    if not path.is_file():
-        raise UserError(f"{path}, the best checkpoint, is gone. Run with --resume none to train anew (this run is kept beside it).")
-    model.load_state_dict(load_file(path))
+def identity(prepared: Prepared) -> dict[str, str]:
+    """Which model and which rows a run learns from, by content: a checkpoint of others is not resumed."""
+    weights = hashlib.sha256()
+    for path in sorted(prepared.source.folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            weights.update(hashlib.file_digest(file, "sha256").digest())
+    rows = hashlib.sha256(json.dumps(prepared.label_names).encode())
+    for table in (prepared.train, prepared.validation, prepared.test):
+        for name in ("input_ids", "length", "labels"):
+            for chunk in table.data.column(name).chunks:
+                rows.update(np.asarray(chunk.flatten() if name == "input_ids" else chunk).tobytes())
+    return {"model": weights.hexdigest(), "dataset": rows.hexdigest()}
+
+
+class Keeper:
+    """Rank 0's part of saving: making checkpoints whole, removing old ones, and handing them to the Hub's backup."""
+
+    def __init__(self, entry: str, config: TrainConfig, topology: Topology, prepared: Prepared, recorder: Recorder) -> None:
+        assert config.output_dir is not None
+        self.entry, self.config, self.topology, self.recorder = entry, config, topology, recorder
+        self.output_dir = config.output_dir
+        self.identity = identity(prepared)
+        self.backup: Backup | None = None
+
+    def find_resume(self) -> Path | None:
+        """The checkpoint to go on from, fetched from the Hub where that has a newer one; None to start from the beginning."""
+        restore(self.config, self.recorder.say)
+        folder = checkpoint.find_resume(self.config, self.entry, self.identity)
+        if self.config.hub_checkpoints:
+            assert self.config.hub_repo is not None
+            self.backup = Backup(self.output_dir, self.config.hub_repo, self.config.hub_private, self.recorder.say)
+        return folder
+
+    @property
+    def folder(self) -> Path:
+        return checkpoint_folder(self.output_dir, self.recorder.step)
+
+    def commit(self) -> None:
+        """All ranks have written their files of this step."""
+        checkpoint.commit(self.folder, self.config, self.entry, self.topology.world_size, self.identity, self.recorder.state())
+        self._kept()
+
+    def judged(self) -> None:
+        """The validation of this step's checkpoint is done."""
+        checkpoint.amend(self.folder, self.recorder.state())
+        self._kept()
+
+    def _kept(self) -> None:
+        best = self.recorder.best
+        checkpoint.rotate(self.output_dir, self.config.save_total_limit, best["step"] if best else None)
+        if self.backup:
+            self.backup.committed()
+
+    def stepped(self) -> None:
+        """Between two steps: see to the push in the background."""
+        if self.backup:
+            self.backup.poll()
+
+    def close(self, patience_seconds: float = 0) -> None:
+        """Training is over: say what the Hub's backup holds, or how to complete it."""
+        backup, self.backup = self.backup, None
+        if backup:
+            backup.close(patience_seconds)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a rank comes out of training with. `model` is the best one, calibrated; `keeper` is there on rank 0."""
+
+    prepared: Prepared
+    model: nn.Module
+    record: dict[str, Any]
+    keeper: Keeper | None
 
 
 def conclude(
@@ -145,18 +221,23 @@ def conclude(
     model: nn.Module,
     recorder: Recorder,
     gather: Callable[[Shard], Sequence[Shard]],
+    tick: Callable[[], None],
 ) -> dict[str, Any]:
-    """Calibrate the best model on the validation share, score the test rows once, and make the run's record.
+    """Take the best checkpoint, calibrate it on the validation share, score the test rows once, and make the run's record.
 
     In fp32 whatever the training precision: these are the figures of the released weights, which others load in fp32.
-    All ranks call this; `gather` returns every rank's shard to every rank. Returns the record (see `record.run_record`).
+    All ranks call this; `gather` returns every rank's shard to every rank, `tick` is called after each batch. Returns the
+    record (see `record.run_record`).
     """
+    assert recorder.best is not None and config.output_dir is not None
+    load_weights(model, checkpoint_folder(config.output_dir, recorder.best["step"]))
     recorder.say("Scoring the best checkpoint in fp32: validation for the temperature, then test, once.")
     weights_hash = weights_sha256(model)
 
     def score(rows: Dataset) -> np.ndarray:
         rank, world_size = topology.rank, topology.world_size
-        return in_order(gather(predict_logits(model, rows, prepared.collator, topology.torch_device, rank=rank, world_size=world_size)))
+        shard = predict_logits(model, rows, prepared.collator, topology.torch_device, rank=rank, world_size=world_size, tick=tick)
+        return in_order(gather(shard))
 
     logits, labels = score(prepared.validation), np.asarray(prepared.validation["labels"])
     temperature = fit_temperature(logits, labels)
@@ -170,16 +251,16 @@ def conclude(
     )  # fmt: skip
 
 
-def publish(config: TrainConfig, prepared: Prepared, model: nn.Module, run: dict[str, Any]) -> None:
+def publish(config: TrainConfig, outcome: Outcome) -> None:
     """Rank 0's last work, with the process group gone: write run.json and the release folder, push it if asked to."""
-    assert config.output_dir is not None
-    output = Path(config.output_dir)
+    assert config.output_dir is not None and outcome.keeper is not None
+    output, prepared, run = Path(config.output_dir), outcome.prepared, outcome.record
     write_json(output / "run.json", run)
     texts, validation = prepared.texts, prepared.validation
     golden = release.choose_golden(
         texts.validation["text"], texts.validation["label"], validation["length"], config.max_length, seed=config.seed
     )
-    folder = release.build_release(output / "release", model.cpu(), prepared.tokenizer, run, golden)
+    folder = release.build_release(output / "release", outcome.model.cpu().float(), prepared.tokenizer, run, golden)
     test = run["test"]
     print(
         f"test        accuracy {test['accuracy']:.4f}, macro F1 {test['macro_f1']:.4f}, nll {test['nll']:.4f}, "
@@ -189,6 +270,7 @@ def publish(config: TrainConfig, prepared: Prepared, model: nn.Module, run: dict
         f"release     {folder}",
         flush=True,
     )
+    outcome.keeper.close(BACKUP_SECONDS)
     if config.push_to_hub:
         assert config.hub_repo is not None
         published = hub.publish(folder, config.hub_repo, tag=config.hub_tag, private=config.hub_private)

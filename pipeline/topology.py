@@ -7,6 +7,7 @@ wakes up; printed by both entries so that nobody has to guess.
 from __future__ import annotations
 
 import os
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import torch
 from pipeline.config import TrainConfig
 from pipeline.errors import UserError
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Topology:
     local_world_size: int
     device: str  # "cpu" or "cuda"
     backend: str  # "gloo", "nccl", or "none" for a process that talks to nobody
-    precision: str  # "fp32", "bf16" or "fp16"
+    precision: str  # "fp64", "fp32", "bf16" or "fp16"
     threads: int  # CPU threads of this process
 
     @property
@@ -39,6 +40,11 @@ class Topology:
         of 64 and 128 tokens, two ranks, interleaved, on a CPU with AMX).
         """
         return "eager" if (self.device, self.precision) == ("cpu", "bf16") else None
+
+    @property
+    def autocast(self) -> torch.dtype | None:
+        """The type that autocast computes in; None: no autocast, the weights' own type is computed in."""
+        return DTYPES[self.precision] if self.precision in ("bf16", "fp16") else None
 
     @property
     def torch_device(self) -> torch.device:
@@ -133,8 +139,28 @@ def find_topology(config: TrainConfig) -> Topology:
     threads = config.cpu_threads or max(1, allowed_cores() // local_world_size)
     torch.set_num_threads(threads)
     os.environ["OMP_NUM_THREADS"] = str(threads)
+    _leave_old_rendezvous(rank)
     backend = ("nccl" if device == "cuda" else "gloo") if "RANK" in os.environ else "none"
     return Topology(world_size, rank, local_rank, local_world_size, device, backend, choose_precision(config, device), threads)
+
+
+def _leave_old_rendezvous(rank: int) -> None:
+    """After a restart (`--max_restarts`): meet in a new store, at a port that rank 0 picks and tells through the old one.
+
+    accelerate launch keeps one store for all attempts, in which the addresses of the dead processes still stand; the new
+    ones would try to connect to those ("Gloo connectFullMesh failed ... Connection refused").
+    """
+    attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    if not attempt:
+        return
+    from torch.distributed import TCPStore
+
+    old = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    if rank == 0:
+        with socket.create_server((os.environ["MASTER_ADDR"], 0)) as free:
+            old.set(f"distrinews/attempt-{attempt}", str(free.getsockname()[1]))
+    os.environ["MASTER_PORT"] = old.get(f"distrinews/attempt-{attempt}").decode()
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"  # rank 0 hosts the store
 
 
 def plan_batches(config: TrainConfig, world_size: int) -> BatchPlan:

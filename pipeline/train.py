@@ -21,17 +21,21 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 
-from pipeline import checkpoint
+from pipeline import checkpoint, trace
 from pipeline.batches import in_order, predict_logits, training_loader
 from pipeline.config import TrainConfig, parse
 from pipeline.errors import GO_ON, UserError, run_entry
 from pipeline.metrics import compute_metrics
 from pipeline.model import build_model, classification_loss, scheduler_name, warmup_steps
 from pipeline.record import Recorder
-from pipeline.run import Prepared, announce, conclude, load_weights, prepare, publish, seed_dropout, training_sampler
+from pipeline.run import Keeper, Outcome, Prepared, announce, conclude, prepare, publish, seed_dropout, training_sampler
 from pipeline.sampler import GlobalBatchSampler
+from pipeline.state import TrainingState, load_weights
+from pipeline.stopping import Stopped, Stopper
 from pipeline.topology import BatchPlan, Topology, find_topology, plan_batches
+from pipeline.watch import Watch
 
 PROG = "accelerate launch --config_file configs/accelerate/X.yaml -m pipeline.train"
 ENTRY = "trainer"
@@ -40,14 +44,19 @@ ENTRY = "trainer"
 class TextTrainer(Trainer):
     """Trainer with this project's order of the data, loss, exact evaluation and whole checkpoints."""
 
-    def __init__(self, config: TrainConfig, prepared: Prepared, sampler: GlobalBatchSampler, recorder: Recorder, **kwargs: Any) -> None:
+    def __init__(
+        self, config: TrainConfig, prepared: Prepared, sampler: GlobalBatchSampler, recorder: Recorder, keeper: Keeper | None, watch: Watch,
+        **kwargs: Any,
+    ) -> None:  # fmt: skip
         super().__init__(train_dataset=prepared.train, eval_dataset=prepared.validation, **kwargs)
         self.config, self.prepared, self.sampler, self.recorder = config, prepared, sampler, recorder
+        self.keeper, self.watch, self.stopping = keeper, watch, False
+        self.stopper = Stopper(lambda values: self.accelerator.gather(torch.tensor([values], device=self.args.device)).amax(0).tolist())
         self.class_weights = None if prepared.class_weights is None else prepared.class_weights.to(self.args.device)
         if self.accelerator.ddp_handler is not None:  # [DDP 5] not among TrainingArguments
             self.accelerator.ddp_handler.gradient_as_bucket_view = True
         self.remove_callback(PrinterCallback)
-        self.add_callback(Conductor(sampler, recorder))
+        self.add_callback(Conductor(self))
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         # Not prepared by Accelerate: that would shard batches which the sampler has already dealt to the ranks.
@@ -60,62 +69,111 @@ class TextTrainer(Trainer):
         labels = inputs.pop("labels")
         outputs = model(**inputs)
         loss = classification_loss(outputs.logits, labels, self.class_weights)  # Trainer divides it by the accumulation
+        self.watch.beat(f"step {self.state.global_step + 1}, backward and all-reduce")
         return (loss, outputs) if return_outputs else loss
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         # [DDP 8] Metrics over exact shards. Trainer's own evaluation repeats rows to fill the last round of batches
         # and then cuts them off again, which leaves its loss wrong; here each row is scored once, on one rank.
-        with self.recorder.pause():
+        with self.recorder.pause("validation"), self.stopper.released():
             place = self.recorder.topology
             assert self.model is not None
+            self.watch.beat(f"validation after step {self.recorder.step}")
             shard = predict_logits(
-                self.model, self.prepared.validation, self.prepared.collator, self.args.device, rank=place.rank, world_size=place.world_size
-            )
+                self.model, self.prepared.validation, self.prepared.collator, self.args.device,
+                rank=place.rank, world_size=place.world_size, autocast=place.autocast, tick=self.watch.tick,
+            )  # fmt: skip
             logits = in_order(gather_object([shard]))
             metrics = compute_metrics(logits, self.prepared.validation["labels"], self.prepared.label_names)
-            if self.recorder.evaluated(self.state.global_step, metrics):
+            if self.recorder.evaluated(self.recorder.step, metrics):
                 self.control.should_training_stop = True
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+            if self.keeper:
+                self.keeper.judged()
         return {f"eval_{name}": value for name, value in metrics.items() if isinstance(value, float)}
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        # [DDP 9] Save on rank 0, and wait: Trainer writes weights and optimizer there and each rank's random state;
-        # we add the recorder's state and, after everybody's files, the manifest.
-        with self.recorder.pause():
-            assert self.args.output_dir is not None
-            folder = checkpoint.checkpoint_folder(self.args.output_dir, self.state.global_step)
-            if self.is_world_process_zero():
+        # [DDP 9] Save on rank 0, and wait: Trainer calls this on every rank. Its own files are pickles, and count as a
+        # checkpoint however few of them were written; ours are those of the raw script, made whole by a manifest.
+        with self.recorder.pause("checkpoint"):
+            self.watch.beat(f"checkpoint {self.recorder.step}", slow=True)
+            folder, state = checkpoint.checkpoint_folder(self.config.output_dir or "", self.recorder.step), self.training_state()
+            if self.keeper:
                 checkpoint.begin(folder)
             self.accelerator.wait_for_everyone()
-            super()._save_checkpoint(model, trial)
-            if self.is_world_process_zero():
-                self.recorder.save(folder)
+            state.save_rank(folder, self.recorder.topology.rank)
+            if self.keeper:
+                state.save_shared(folder)
+                self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
             self.accelerator.wait_for_everyone()
-            if self.is_world_process_zero():
-                checkpoint.commit(folder, self.config, ENTRY, self.args.world_size)
-                best = self.recorder.best
-                checkpoint.rotate(self.args.output_dir, self.config.save_total_limit, best["step"] if best else None)
+            if self.keeper:
+                self.keeper.commit()
             self.accelerator.wait_for_everyone()
+        if self.stopping:
+            raise Stopped(f"checkpoint-{self.recorder.step} is complete")
+        # After the checkpoint it judges: a run that is ended meanwhile comes back to this place.
+        if self.recorder.owes_evaluation:
+            self.evaluate()
+
+    def training_state(self) -> TrainingState:
+        """What the raw script calls by its names, found where Trainer and Accelerate keep it."""
+        assert self.model is not None and self.optimizer is not None
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # without Accelerate's wrapper
+        return TrainingState(self.model, optimizer, self.lr_scheduler, self.accelerator.scaler, loss=self._tr_loss)
+
+    # Trainer calls these four at the right places when it resumes.
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        assert self.model is not None
+        load_weights(self.model, Path(resume_from_checkpoint))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            self._tr_loss = torch.tensor(0.0, device=self.args.device)
+            self.training_state().load_optimizer(Path(checkpoint))  # and the scaler
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        pass
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            place = self.recorder.topology
+            self.training_state().load_rank(Path(checkpoint), place.rank, place.world_size, self.config.seed)
+            self._globalstep_last_logged = self.recorder.logged_step
 
 
 class Conductor(TrainerCallback):
-    """Tells the Trainer when to log, validate and save, and the recorder what happened."""
+    """Tells the Trainer when to log, save and stop, and recorder and watch what happens."""
 
-    def __init__(self, sampler: GlobalBatchSampler, recorder: Recorder) -> None:
-        self.sampler, self.recorder = sampler, recorder
+    def __init__(self, trainer: TextTrainer) -> None:
+        self.trainer, self.recorder, self.watch = trainer, trainer.recorder, trainer.watch
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, optimizer: Any = None, **_: Any
+    ) -> None:
+        config = self.trainer.config
+        if config.trace:
+            plain, folder = getattr(optimizer, "optimizer", optimizer), Path(config.output_dir or "") / "trace"
+            trace.attach(model, plain, folder, self.recorder.topology.rank, after_step=self.recorder.step)
         self.recorder.start()
 
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         # [DDP 4] Sampler and set_epoch: Trainer reaches set_epoch only of samplers in loaders that Accelerate prepared
         # (and of ours only in a resumed epoch), so it is called here.
-        self.sampler.set_epoch(state.global_step // self.sampler.steps)
+        self.trainer.sampler.set_epoch(state.global_step // self.trainer.sampler.steps)
+        self.watch.beat(f"step {state.global_step + 1}, data and forward")
+
+    def on_substep_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.watch.beat(f"step {state.global_step + 1}, data and forward")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.recorder.stepped(state.global_step)
+        if self.trainer.keeper:
+            self.trainer.keeper.stepped()
+        self.watch.beat(f"step {state.global_step + 1}, data and forward")
+        # [DDP 10] One rank may be told to stop (SIGTERM) and the others not: they agree on the step after which all do.
+        self.trainer.stopping = self.trainer.stopper.agreed()
         control.should_log = self.recorder.should_log(state.global_step)
-        control.should_evaluate = control.should_save = state.global_step in self.recorder.evaluation_steps
+        control.should_save = self.trainer.stopping or self.recorder.should_save(state.global_step)
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **_: Any
@@ -181,39 +239,48 @@ def main(config: TrainConfig) -> None:
     if state.num_processes != topology.world_size:
         # Seen with a launch file that says use_cpu and a script that does not: as many runs of one process each.
         raise RuntimeError(f"launched with {topology.world_size} processes, but Accelerate sees {state.num_processes}")
-    prepared, model, record = run(config, replace(topology, backend=state.backend or "none"), plan, state)
+    outcome = run(config, replace(topology, backend=state.backend or "none"), plan, state)
     # [DDP 10] Teardown. (A rank that fails leaves it to the end of its process: closing a group can wait for peers.)
     state.destroy_process_group()
     if topology.rank == 0:
-        publish(config, prepared, model, record)
+        publish(config, outcome)
 
 
-def run(config: TrainConfig, topology: Topology, plan: BatchPlan, state: PartialState) -> tuple[Prepared, torch.nn.Module, dict[str, Any]]:
-    """One rank's whole work that needs the others: returns the data, the calibrated best model, and the run's record."""
+def run(config: TrainConfig, topology: Topology, plan: BatchPlan, state: PartialState) -> Outcome:
+    """One rank's whole work that needs the others."""
     # [DDP 3] Rank 0 (of each machine) first, the others then read the cache it filled.
     with state.local_main_process_first():
         prepared = prepare(config, topology, plan)
-    box = [checkpoint.find_resume(config, ENTRY) if topology.rank == 0 else None]
-    resume: Path | None = broadcast_object_list(box)[0]
-
-    model: Any = build_model(prepared.source, config, prepared.label_names, topology.attention)
     sampler = training_sampler(config, topology, plan, prepared.train)
     recorder = Recorder(config, topology, plan, steps_per_epoch=sampler.steps)
-    trainer = TextTrainer(config, prepared, sampler, recorder, model=model, args=training_arguments(config, topology, plan, recorder))
+    keeper = Keeper(ENTRY, config, topology, prepared, recorder) if topology.rank == 0 else None
+    resume: Path | None = broadcast_object_list([keeper.find_resume() if keeper else None])[0]
+
+    model: Any = build_model(prepared.source, config, prepared.label_names, topology.attention)
     if resume:
-        recorder.load(resume)
-    announce("Trainer + Accelerate", config, topology, plan, prepared, recorder)
-    if not recorder.finished:
+        recorder.load(checkpoint.read_manifest(resume)["recorder"])
+    with Watch(Path(config.output_dir or ""), topology.rank, topology.world_size, config.hang_seconds) as watch:
+        arguments = training_arguments(config, topology, plan, recorder)
+        trainer = TextTrainer(config, prepared, sampler, recorder, keeper, watch, model=model, args=arguments)
+        announce("Trainer + Accelerate", config, topology, plan, prepared, recorder)
         seed_dropout(config, topology)
         try:
-            trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-        finally:
+            with trainer.stopper.held():
+                if recorder.owes_evaluation:
+                    trainer._load_from_checkpoint(str(resume))
+                    trainer.evaluate()
+                if not recorder.finished:
+                    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
             recorder.stop()
-        # Accelerate left its autocast around forward; the final figures are those of the fp32 weights.
-        model = trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
-    assert recorder.best is not None
-    load_weights(model, config, recorder.best["step"])
-    return prepared, model, conclude(ENTRY, config, topology, plan, prepared, model, recorder, lambda shard: gather_object([shard]))
+            # Accelerate left its autocast around forward; the final figures are those of the fp32 weights.
+            model = trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
+            record = conclude(ENTRY, config, topology, plan, prepared, model, recorder, lambda shard: gather_object([shard]), watch.tick)
+        except BaseException:
+            recorder.stop()
+            if keeper:
+                keeper.close()
+            raise
+    return Outcome(prepared, model, record, keeper)
 
 
 def entry(argv: list[str]) -> None:

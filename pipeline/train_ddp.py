@@ -24,20 +24,22 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from transformers import get_scheduler
 
-from pipeline import checkpoint
+from pipeline import checkpoint, trace
 from pipeline.batches import predict_logits, training_loader
 from pipeline.config import TrainConfig, parse
 from pipeline.errors import GO_ON, run_entry, tell
 from pipeline.metrics import counts, counts_size, from_counts
 from pipeline.model import build_model, classification_loss, decay_groups, scheduler_name, warmup_steps
 from pipeline.record import Recorder
-from pipeline.run import Prepared, announce, conclude, load_weights, prepare, publish, seed_dropout, training_sampler
-from pipeline.topology import DTYPES, BatchPlan, Topology, find_topology, plan_batches
+from pipeline.run import Keeper, Outcome, Prepared, announce, conclude, prepare, publish, seed_dropout, training_sampler
+from pipeline.state import TrainingState
+from pipeline.stopping import Stopped, Stopper
+from pipeline.topology import BatchPlan, Topology, find_topology, plan_batches
+from pipeline.watch import Watch
 
 PROG = "torchrun --nproc_per_node N -m pipeline.train_ddp"
 ENTRY = "raw"
@@ -70,17 +72,16 @@ def from_rank_zero(value: Any) -> Any:
     return box[0]
 
 
-def validate(model: torch.nn.Module, prepared: Prepared, topology: Topology) -> dict[str, Any]:
+def validate(model: torch.nn.Module, prepared: Prepared, topology: Topology, watch: Watch) -> dict[str, Any]:
     """[DDP 8] Metrics over exact shards: every row scored by one rank, sums added with one all-reduce.
 
     Ranks score disjoint shards that cover each row once, and what is reduced are counts, never ratios: the mean of two
     ranks' accuracies is wrong when their shards differ in size, and macro F1 cannot be averaged at all. The usual
     mistakes: reporting rank 0's shard as the result, or a padding sampler that counts some rows twice.
     """
-    autocast = DTYPES[topology.precision] if topology.precision != "fp32" else None
     numbers, logits = predict_logits(
         model, prepared.validation, prepared.collator, topology.torch_device,
-        rank=topology.rank, world_size=topology.world_size, autocast=autocast,
+        rank=topology.rank, world_size=topology.world_size, autocast=topology.autocast, tick=watch.tick,
     )  # fmt: skip
     labels = np.asarray(prepared.validation["labels"])[numbers]
     sums = np.zeros(counts_size(len(prepared.label_names)))
@@ -98,85 +99,61 @@ def gather_shards(shard: tuple[np.ndarray, np.ndarray]) -> list[tuple[np.ndarray
     return shards
 
 
-class Trainee:
+def largest_of_ranks(values: list[float]) -> list[float]:
+    """[DDP 10] How ranks agree to stop: when one was told to (SIGTERM), the maximum of all flags is 1 on every rank."""
+    tensor = torch.tensor(values, dtype=torch.float64, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return tensor.tolist()
+
+
+def initial_state(config: TrainConfig, topology: Topology, model: torch.nn.Module, total_steps: int) -> TrainingState:
     """What a checkpoint must hold besides the weights: optimizer, schedule, loss scaler, and each rank's random state."""
+    # Fused: one pass over all parameters instead of several small operations for each.
+    optimizer = torch.optim.AdamW(decay_groups(model, config.weight_decay), lr=config.learning_rate, fused=True)
+    scheduler = get_scheduler(
+        scheduler_name(config), optimizer, num_warmup_steps=warmup_steps(config, total_steps), num_training_steps=total_steps
+    )
+    # fp16 has no exponent for small gradients: the loss is scaled up before backward, gradients down before use.
+    scaler = torch.amp.GradScaler(topology.device, enabled=topology.precision == "fp16")
+    # The loss is summed on the device: .item() in each step would wait for it.
+    return TrainingState(model, optimizer, scheduler, scaler, loss=torch.zeros((), device=topology.torch_device))
 
-    def __init__(self, config: TrainConfig, topology: Topology, model: torch.nn.Module, total_steps: int) -> None:
-        self.topology, self.model = topology, model
-        groups = decay_groups(model, config.weight_decay)
-        # Fused: one pass over all parameters instead of several small operations for each.
-        self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
-        self.scheduler = get_scheduler(
-            scheduler_name(config), self.optimizer, num_warmup_steps=warmup_steps(config, total_steps), num_training_steps=total_steps
-        )
-        # fp16 has no exponent for small gradients: the loss is scaled up before backward, gradients down before use.
-        self.scaler = torch.amp.GradScaler(topology.device, enabled=topology.precision == "fp16")
 
-    def random_state(self) -> dict[str, torch.Tensor]:
-        state = {"cpu": torch.get_rng_state()}
-        if self.topology.device == "cuda":
-            state["cuda"] = torch.cuda.get_rng_state()
-        return state
+def save(state: TrainingState, keeper: Keeper | None, recorder: Recorder, rank: int) -> None:
+    """[DDP 9] Save on rank 0, and wait.
 
-    def set_random_state(self, state: dict[str, torch.Tensor]) -> None:
-        torch.set_rng_state(state["cpu"])
-        if "cuda" in state and self.topology.device == "cuda":
-            torch.cuda.set_rng_state(state["cuda"])
-
-    def save(self, config: TrainConfig, recorder: Recorder) -> None:
-        """[DDP 9] Save on rank 0, and wait.
-
-        After an all-reduced step all ranks hold the same weights, so one writes; two writing the same file tear it.
-        Only the random states differ, and each rank writes its own. The barriers keep the order: nobody writes before
-        the folder is there, and the manifest that makes the folder a checkpoint comes after everybody's file. Without
-        them a rank can run ahead and die, or be killed, with a checkpoint that looks whole and is not.
-        """
-        folder = checkpoint.checkpoint_folder(config.output_dir or "", recorder.step)
-        rank = self.topology.rank
-        if rank == 0:
-            checkpoint.begin(folder)
-        dist.barrier()
-        torch.save(self.random_state(), folder / f"rng_state_{rank}.pt")
-        if rank == 0:
-            # contiguous(): safetensors stores plain memory; clone not needed, nothing trains meanwhile.
-            save_file({name: tensor.contiguous() for name, tensor in self.model.state_dict().items()}, folder / "model.safetensors")
-            torch.save(self.optimizer.state_dict(), folder / "optimizer.pt")
-            torch.save({"scheduler": self.scheduler.state_dict(), "scaler": self.scaler.state_dict()}, folder / "schedule.pt")
-            recorder.save(folder)
-        dist.barrier()
-        if rank == 0:
-            checkpoint.commit(folder, config, ENTRY, self.topology.world_size)
-            checkpoint.rotate(config.output_dir or "", config.save_total_limit, recorder.best["step"] if recorder.best else None)
-        dist.barrier()
-
-    def load(self, folder: Path) -> None:
-        device = self.topology.torch_device
-        self.model.load_state_dict(load_file(folder / "model.safetensors", device=str(device)))
-        self.optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location=device, weights_only=True))
-        schedule = torch.load(folder / "schedule.pt", map_location="cpu", weights_only=True)
-        self.scheduler.load_state_dict(schedule["scheduler"])
-        self.scaler.load_state_dict(schedule["scaler"])
-        random_state = folder / f"rng_state_{self.topology.rank}.pt"
-        if random_state.is_file():  # not there when the run goes on with more processes than before
-            self.set_random_state(torch.load(random_state, map_location="cpu", weights_only=True))
+    After an all-reduced step all ranks hold the same weights, so one writes; two writing the same file tear it. Only
+    the random states and the losses not yet logged differ, and each rank writes its own. The barriers keep the order:
+    nobody writes before the folder is there, and the manifest that makes the folder a checkpoint comes after everybody's
+    file. Without them a rank can run ahead and die, or be killed, with a checkpoint that looks whole and is not.
+    """
+    folder = checkpoint.checkpoint_folder(recorder.config.output_dir or "", recorder.step)
+    if rank == 0:
+        checkpoint.begin(folder)
+    dist.barrier()
+    state.save_rank(folder, rank)
+    if rank == 0:
+        state.save_shared(folder)
+    dist.barrier()
+    if keeper:
+        keeper.commit()
+    dist.barrier()
 
 
 def train(
-    config: TrainConfig, topology: Topology, plan: BatchPlan, prepared: Prepared, loader: DataLoader[Any], model: torch.nn.Module,
-    trainee: Trainee, recorder: Recorder,
+    config: TrainConfig, topology: Topology, plan: BatchPlan, prepared: Prepared, loader: DataLoader[Any], state: TrainingState,
+    recorder: Recorder, keeper: Keeper | None, stopper: Stopper, watch: Watch,
 ) -> None:  # fmt: skip
-    """The loop: `recorder.total_steps` optimizer steps from `recorder.step` on, validating and saving on the way."""
+    """The loop: `recorder.total_steps` optimizer steps from `recorder.step` on, saving and validating on the way."""
     # [DDP 5] Wrap: DDP copies rank 0's weights to all, then watches backward. As gradients become ready it packs them
     # into buckets (up to 25 MB) and all-reduces each, averaging over ranks, while backward still computes earlier layers:
     # communication hides under computation. Every rank then takes the same optimizer step on the same average.
     # Without it, ranks drift apart and the saved model has learnt from one share of the data only.
     # gradient_as_bucket_view: gradients live in the buckets, which spares copying each of them there and back.
     device_ids = [topology.local_rank] if topology.device == "cuda" else None
-    ddp = DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+    ddp = DistributedDataParallel(state.model, device_ids=device_ids, gradient_as_bucket_view=True)
     weights = prepared.class_weights.to(topology.torch_device) if prepared.class_weights is not None else None
-    autocast, sampler = DTYPES[topology.precision], loader.batch_sampler
-    running_loss = torch.zeros((), device=topology.torch_device)  # summed on the device: .item() each step would wait for it
-    logged_at = recorder.step
+    sampler = loader.batch_sampler
     recorder.start()
     while recorder.step < recorder.total_steps and not recorder.finished:
         epoch, done = divmod(recorder.step, recorder.steps_per_epoch)
@@ -188,6 +165,7 @@ def train(
         for _ in range(done, recorder.steps_per_epoch):
             ddp.train()
             for micro in range(plan.accumulation):
+                watch.beat(f"step {recorder.step + 1}, data and forward")
                 batch = {name: tensor.to(topology.torch_device, non_blocking=True) for name, tensor in next(micro_batches).items()}
                 labels = batch.pop("labels")
                 # [DDP 6] no_sync: gradients of all micro-batches but the last stay local and add up; the last backward
@@ -199,37 +177,56 @@ def train(
                     # clipped before unscaling (the scale starts at 65,536), every gradient is cut to the threshold, and
                     # after unscaling it is tiny: SGD stands still, Adam, which divides by the gradient's own size, only
                     # loses what clipping was for.
-                    with torch.autocast(topology.device, dtype=autocast, enabled=autocast != torch.float32):
+                    with torch.autocast(topology.device, dtype=topology.autocast, enabled=topology.autocast is not None):
                         logits = ddp(**batch).logits
                     # Divided by the accumulation: DDP averages over ranks, this averages over micro-batches.
                     loss = classification_loss(logits, labels, weights) / plan.accumulation
-                    trainee.scaler.scale(loss).backward()
-                running_loss += loss.detach()
-            trainee.scaler.unscale_(trainee.optimizer)
+                    watch.beat(f"step {recorder.step + 1}, backward and all-reduce")
+                    state.scaler.scale(loss).backward()
+                state.loss += loss.detach()
+            state.scaler.unscale_(state.optimizer)
             grad_norm = None
             if config.max_grad_norm > 0:
                 grad_norm = torch.nn.utils.clip_grad_norm_(ddp.parameters(), config.max_grad_norm)
-            learning_rate = trainee.scheduler.get_last_lr()[0]
-            scale = trainee.scaler.get_scale()
-            trainee.scaler.step(trainee.optimizer)  # skips the step where fp16 overflowed to inf
-            trainee.scaler.update()
-            if trainee.scaler.get_scale() >= scale:
-                trainee.scheduler.step()  # a skipped step must not use up the schedule
-            trainee.optimizer.zero_grad()
+            learning_rate = state.scheduler.get_last_lr()[0]
+            scale = state.scaler.get_scale()
+            state.scaler.step(state.optimizer)  # skips the step where fp16 overflowed to inf
+            state.scaler.update()
+            if state.scaler.get_scale() >= scale:
+                state.scheduler.step()  # a skipped step must not use up the schedule
+            state.optimizer.zero_grad()
             recorder.stepped(recorder.step + 1)
+            if keeper:
+                keeper.stepped()
             if recorder.should_log(recorder.step):
                 # [DDP 8] The loss of a step is the mean over ranks; each rank knows only its own part.
-                dist.all_reduce(running_loss)
-                mean = running_loss.item() / topology.world_size / (recorder.step - logged_at)
+                total = state.loss.clone()
+                dist.all_reduce(total)
+                mean = total.item() / topology.world_size / (recorder.step - recorder.logged_step)
                 recorder.logged(recorder.step, mean, learning_rate, grad_norm.item() if grad_norm is not None else None)
-                running_loss.zero_()
-                logged_at = recorder.step
-            if recorder.step in recorder.evaluation_steps:
-                with recorder.pause():
-                    recorder.evaluated(recorder.step, validate(model, prepared, topology))
-                    trainee.save(config, recorder)
+                state.loss.zero_()
+            stopping = stopper.agreed()
+            if stopping or recorder.should_save(recorder.step):
+                with recorder.pause("checkpoint"):
+                    watch.beat(f"checkpoint {recorder.step}", slow=True)
+                    save(state, keeper, recorder, topology.rank)
+            if stopping:
+                raise Stopped(f"checkpoint-{recorder.step} is complete")
+            if recorder.owes_evaluation:
+                judge(state.model, prepared, topology, recorder, keeper, stopper, watch)
             if recorder.step >= recorder.total_steps or recorder.finished:
                 break
+
+
+def judge(
+    model: torch.nn.Module, prepared: Prepared, topology: Topology, recorder: Recorder, keeper: Keeper | None, stopper: Stopper, watch: Watch
+) -> None:  # fmt: skip
+    """Validate the checkpoint just saved. Saved first: a run that is ended meanwhile comes back to this place."""
+    with recorder.pause("validation"), stopper.released():
+        watch.beat(f"validation after step {recorder.step}")
+        recorder.evaluated(recorder.step, validate(model, prepared, topology, watch))
+        if keeper:
+            keeper.judged()
 
 
 def resumed(loader: DataLoader[Any], skip: int) -> DataLoader[Any]:
@@ -239,8 +236,9 @@ def resumed(loader: DataLoader[Any], skip: int) -> DataLoader[Any]:
     return skip_first_batches(loader, skip) if skip else loader
 
 
-def run(config: TrainConfig, topology: Topology) -> tuple[Prepared, torch.nn.Module, dict[str, Any]]:
-    """One rank's whole work that needs the others: returns the data, the calibrated best model, and the run's record."""
+def run(config: TrainConfig, topology: Topology) -> Outcome:
+    """One rank's whole work that needs the others."""
+    stopper = Stopper(largest_of_ranks)
     plan = plan_batches(config, topology.world_size)
     # [DDP 3] Rank 0 first (of each machine: local rank 0): it downloads model and data, splits and tokenises into the
     # cache while the others wait at the barrier, then they read it. Without it all processes of a machine download the
@@ -248,28 +246,40 @@ def run(config: TrainConfig, topology: Topology) -> tuple[Prepared, torch.nn.Mod
     prepared = prepare(config, topology, plan) if topology.local_rank == 0 else None
     dist.barrier()
     prepared = prepared or prepare(config, topology, plan)
-    resume = from_rank_zero(checkpoint.find_resume(config, ENTRY) if topology.rank == 0 else None)
 
-    model = build_model(prepared.source, config, prepared.label_names, topology.attention).to(topology.torch_device)
-    seed_dropout(config, topology)
     loader = training_loader(
         prepared.train, training_sampler(config, topology, plan, prepared.train), prepared.collator,
         workers=config.dataloader_workers, pin_memory=topology.device == "cuda",
     )  # fmt: skip
     recorder = Recorder(config, topology, plan, steps_per_epoch=len(loader) // plan.accumulation)
-    trainee = Trainee(config, topology, model, recorder.total_steps)
+    keeper = Keeper(ENTRY, config, topology, prepared, recorder) if topology.rank == 0 else None
+    resume = from_rank_zero(keeper.find_resume() if keeper else None)
+
+    model = build_model(prepared.source, config, prepared.label_names, topology.attention).to(topology.torch_device)
+    state = initial_state(config, topology, model, recorder.total_steps)
+    seed_dropout(config, topology)
     if resume:
-        recorder.load(resume)
-        trainee.load(resume)
+        recorder.load(checkpoint.read_manifest(resume)["recorder"])
+        state.load_shared(resume)
+        state.load_rank(resume, topology.rank, topology.world_size, config.seed)
+    if config.trace and not recorder.finished:
+        trace.attach(model, state.optimizer, Path(config.output_dir or "") / "trace", topology.rank, after_step=recorder.step)
     announce("raw DDP", config, topology, plan, prepared, recorder)
-    if not recorder.finished:
+    with Watch(Path(config.output_dir or ""), topology.rank, topology.world_size, config.hang_seconds) as watch:
         try:
-            train(config, topology, plan, prepared, loader, model, trainee, recorder)
-        finally:
+            with stopper.held():
+                if recorder.owes_evaluation:
+                    judge(model, prepared, topology, recorder, keeper, stopper, watch)
+                if not recorder.finished:
+                    train(config, topology, plan, prepared, loader, state, recorder, keeper, stopper, watch)
             recorder.stop()
-    assert recorder.best is not None
-    load_weights(model, config, recorder.best["step"])
-    return prepared, model, conclude(ENTRY, config, topology, plan, prepared, model, recorder, gather_shards)
+            record = conclude(ENTRY, config, topology, plan, prepared, model, recorder, gather_shards, watch.tick)
+        except BaseException:
+            recorder.stop()
+            if keeper:
+                keeper.close()
+            raise
+    return Outcome(prepared, model, record, keeper)
 
 
 def leave_process_group(failed: bool) -> None:
@@ -291,7 +301,7 @@ def main(config: TrainConfig) -> None:
     join_process_group(topology)
     failed = True
     try:
-        prepared, model, record = run(config, replace(topology, backend=dist.get_backend()))
+        outcome = run(config, replace(topology, backend=dist.get_backend()))
         failed = False
     except Exception as error:
         tell(error)  # before the teardown, which peers can hold up
@@ -299,7 +309,7 @@ def main(config: TrainConfig) -> None:
     finally:
         leave_process_group(failed)
     if topology.rank == 0:  # [DDP 9] alone from here on: an upload may take longer than any rank should wait at a barrier
-        publish(config, prepared, model, record)
+        publish(config, outcome)
 
 
 def entry(argv: list[str]) -> None:

@@ -13,12 +13,19 @@ from pipeline.config import TrainConfig
 from pipeline.errors import UserError
 
 
-def make(config: TrainConfig, step: int, entry: str = "raw") -> Path:
+IDENTITY = {"model": "m", "dataset": "d"}
+
+
+def make(config: TrainConfig, step: int, entry: str = "raw", best: int | None = None) -> Path:
     folder = checkpoint.checkpoint_folder(config.output_dir or "", step)
     checkpoint.begin(folder)
     (folder / "model.safetensors").write_bytes(b"weights" * step)
-    checkpoint.commit(folder, config, entry, world_size=2)
+    checkpoint.commit(folder, config, entry, 2, IDENTITY, {"step": step, "best": {"step": best} if best else None})
     return folder
+
+
+def find(config: TrainConfig, entry: str = "raw", **identity: str) -> Path | None:
+    return checkpoint.find_resume(config, entry, IDENTITY | identity)
 
 
 @pytest.fixture
@@ -38,7 +45,7 @@ def test_the_newest_whole_one_is_taken(config: TrainConfig, capsys: pytest.Captu
     halfway = checkpoint.checkpoint_folder(config.output_dir or "", 100)
     checkpoint.begin(halfway)
     (halfway / "model.safetensors").write_bytes(b"w")
-    assert checkpoint.find_resume(config, "raw") == good
+    assert find(config) == good
     told = capsys.readouterr().err
     for folder, reason in ((damaged, "has changed"), (truncated, "1 bytes instead of"), (gone, "is missing"), (halfway, "no manifest")):
         assert any(f"{folder} is not used" in line and reason in line for line in told.splitlines()), (folder, told)
@@ -47,39 +54,79 @@ def test_the_newest_whole_one_is_taken(config: TrainConfig, capsys: pytest.Captu
 def test_another_run_is_refused_with_what_differs(config: TrainConfig) -> None:
     make(config, 5)
     with pytest.raises(UserError, match=r"learning_rate 2e-05 -> 0\.1"):
-        checkpoint.find_resume(replace(config, learning_rate=0.1), "raw")
+        find(replace(config, learning_rate=0.1))
     with pytest.raises(UserError, match="raw entry"):
-        checkpoint.find_resume(config, "trainer")
-    assert checkpoint.find_resume(replace(config, max_per_device_batch_size=8, tracker="tensorboard"), "raw")
+        find(config, "trainer")
+    assert find(replace(config, max_per_device_batch_size=8, tracker="tensorboard"))
+
+
+def test_another_model_or_dataset_is_refused_by_content(config: TrainConfig) -> None:
+    make(config, 5)
+    with pytest.raises(UserError, match=r"another dataset \(dataset fancyzhx/ag_news -> mine\)"):
+        find(replace(config, dataset="mine"), dataset="x")
+    with pytest.raises(UserError, match=r"another model and dataset \(model .* -> m, dataset"):
+        find(replace(config, model="m", dataset="mine"), dataset="x", model="y")
+    with pytest.raises(UserError, match=r"another dataset \(the names are the same, the contents of dataset have changed\)"):
+        find(config, dataset="x")
+    assert find(replace(config, dataset="the/same-rows-in-another-folder")), "a name alone is no difference"
+
+
+def test_one_of_another_configuration_is_passed_over_for_one_that_fits(config: TrainConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    good = make(config, 5)
+    other = make(replace(config, learning_rate=0.1), 9)
+    assert find(config) == good
+    assert f"{other} is not used: it has another configuration (learning_rate 0.1 -> 2e-05)" in capsys.readouterr().err
+
+
+def test_a_checkpoint_needs_its_best_one(config: TrainConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    first = make(config, 3, best=3)
+    best = make(config, 5, best=5)
+    make(config, 9, best=5)
+    (best / "model.safetensors").write_bytes(b"WEIGHTS" * 5)
+    assert find(config) == first
+    assert "checkpoint-9 is not used: the best one, checkpoint-5, is damaged (model.safetensors has changed" in capsys.readouterr().err
+
+
+def test_a_restarted_launch_goes_on_though_it_was_told_to_start_anew(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make(config, 5)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert find(replace(config, resume="none")) == folder
+
+
+def test_a_validation_is_added_to_a_whole_checkpoint(config: TrainConfig) -> None:
+    folder = make(config, 5)
+    checkpoint.amend(folder, {"step": 5, "best": {"step": 5}})
+    assert checkpoint.defect(folder) is None
+    assert checkpoint.read_manifest(folder)["recorder"]["best"] == {"step": 5}
 
 
 def test_a_new_start_keeps_the_old_run(config: TrainConfig, tmp_path: Path) -> None:
     make(config, 5)
-    assert checkpoint.find_resume(replace(config, resume="none"), "raw") is None
+    assert find(replace(config, resume="none")) is None
     assert checkpoint.defect(tmp_path / "run.1" / "checkpoint-5") is None
-    assert checkpoint.find_resume(config, "raw") is None
+    assert find(config) is None
 
 
 def test_a_named_checkpoint_must_be_whole(config: TrainConfig, tmp_path: Path) -> None:
     folder = make(config, 5)
-    assert checkpoint.find_resume(replace(config, resume=str(folder)), "raw") == folder
+    assert find(replace(config, resume=str(folder))) == folder
     (folder / checkpoint.MANIFEST).write_text("{")
     with pytest.raises(UserError, match="manifest cannot be read"):
-        checkpoint.find_resume(replace(config, resume=str(folder)), "raw")
+        find(replace(config, resume=str(folder)))
     with pytest.raises(UserError, match="allowed is auto, none"):
-        checkpoint.find_resume(replace(config, resume=str(tmp_path / "nowhere")), "raw")
+        find(replace(config, resume=str(tmp_path / "nowhere")))
 
 
 def test_a_named_older_checkpoint_leaves_the_later_ones_behind(config: TrainConfig, tmp_path: Path) -> None:
     older, later = make(config, 5), make(config, 9)
-    assert checkpoint.find_resume(replace(config, resume=str(older)), "raw") == older
+    assert find(replace(config, resume=str(older))) == older
     assert not later.exists() and list((tmp_path / "run").glob("checkpoint-9.set-aside-*")), "kept, but out of the way"
-    assert checkpoint.newest(config.output_dir or "") == older
+    assert find(config) == older
     half = checkpoint.checkpoint_folder(config.output_dir or "", 11)
     checkpoint.begin(half)
-    assert checkpoint.find_resume(config, "raw") == older and not half.exists(), "half written: its room is given back"
+    assert find(config) == older and not half.exists(), "half written: its room is given back"
     with pytest.raises(UserError, match=r"outside the output folder.*--output_dir"):
-        checkpoint.find_resume(replace(config, resume=str(older), output_dir=str(tmp_path / "other")), "raw")
+        find(replace(config, resume=str(older), output_dir=str(tmp_path / "other")))
 
 
 def test_rotation_keeps_the_newest_and_the_best(config: TrainConfig) -> None:

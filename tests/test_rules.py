@@ -19,10 +19,10 @@ LEVELS = [
     {"errors"},
     {"config"},
     {"columns", "readers", "data", "sampler", "batches", "metrics", "model", "topology", "calibration", "assets", "sources"},
-    {"checkpoint", "record", "export", "card", "card_images", "report"},
-    {"release", "proof", "hub", "predict", "launch"},
+    {"checkpoint", "record", "export", "card", "card_images", "report", "stopping", "trace", "hub_access"},
+    {"state", "watch", "backup", "release", "proof", "hub", "predict", "launch"},
     {"run", "quickstart"},
-    {"train", "train_ddp"},
+    {"train", "train_ddp", "doctor"},
 ]
 
 
@@ -39,13 +39,15 @@ def imports(path: Path) -> set[str]:
 
 def test_imports_go_one_way() -> None:
     level = {name: i for i, names in enumerate(LEVELS) for name in names}
-    modules = {path.stem for path in (ROOT / "pipeline").glob("*.py")} - {"__init__"}
-    assert modules | {"metrics"} == set(level), "a new module needs its place in LEVELS"
+    packages = {path.parent.name for path in (ROOT / "pipeline").glob("*/__init__.py")}
+    modules = {path.stem for path in (ROOT / "pipeline").glob("*.py")} - {"__init__"} | packages - {"local_hub"}
+    assert modules == set(level), "a new module needs its place in LEVELS"
     for name in modules:
-        for used in imports(ROOT / "pipeline" / f"{name}.py"):
-            other = used.split(".")[1] if used.startswith("pipeline.") else ""
-            assert level.get(other, 0) <= level[name], f"{name} imports {other}, which is above it"
-            assert other not in ("train", "train_ddp"), f"{name} imports an entry"
+        for path in [ROOT / "pipeline" / f"{name}.py"] if name not in packages else (ROOT / "pipeline" / name).glob("*.py"):
+            for used in imports(path):
+                other = used.split(".")[1] if used.startswith("pipeline.") else ""
+                assert level.get(other, 0) <= level[name], f"{path} imports {other}, which is above it"
+                assert other not in ("train", "train_ddp"), f"{name} imports an entry"
 
 
 def test_the_service_and_the_pipeline_meet_only_on_the_hub() -> None:
@@ -58,8 +60,11 @@ def test_the_service_and_the_pipeline_meet_only_on_the_hub() -> None:
 def test_ranks_talk_in_the_raw_script_only() -> None:
     for path in (ROOT / "pipeline").rglob("*.py"):
         talks = {name for name in imports(path) if name.startswith("torch.distributed")}
-        # The launcher starts processes with torch's own launcher; it takes part in no collective.
-        allowed = path.name == "train_ddp.py" or (path.name == "launch.py" and all("elastic" in n or ".run" in n for n in talks))
+        # The launcher starts processes with torch's own launcher; it takes part in no collective. Where a restarted rank
+        # meets the others is looked up in the launcher's store. The doctor measures.
+        harmless = {"launch.py": ("elastic", ".run"), "topology.py": ("TCPStore",)}.get(path.name, ())
+        only_harmless = bool(harmless) and all(n == "torch.distributed" or any(h in n for h in harmless) for n in talks)
+        allowed = path.name == "train_ddp.py" or path.parent.name == "doctor" or only_harmless
         assert not talks or allowed, (path, talks)
 
 

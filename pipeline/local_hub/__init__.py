@@ -9,6 +9,7 @@ What lies on disk is ordinary: ROOT/models/OWNER/NAME/repo.git is a bare git rep
 own layout, so `git log`, `git fsck` and a backup by copying work on it.
 
     errors <- git <- store <- accounts <- web <- {spaces, repos, files, lfs, commits} <- app <- __main__; process runs that
+    faults: a switch for tests, off unless a server is started with it
 
 Not spoken: Xet (the printed environment switches it off), pull requests, gated repositories, git over HTTP.
 """

@@ -46,6 +46,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--add-user", metavar="NAME", help="make this user and a token, print the token and end; the Hub may be running")
     parser.add_argument("--role", choices=ROLES, default="write", help="role of the token of --add-user (write)")
     parser.add_argument("--with-parent", action="store_true", help="end when the process that started this one has ended")
+    parser.add_argument("--faults", action="store_true", help=argparse.SUPPRESS)  # for tests: see faults.py
     return parser.parse_args(argv)
 
 
@@ -75,11 +76,13 @@ def main(arguments: argparse.Namespace) -> int:
         return 0
     # Imported late: --help and --add-user need no web server.
     import uvicorn
+    from starlette.middleware import Middleware
 
     from pipeline.local_hub.app import create_app
+    from pipeline.local_hub.faults import Faults
 
     with listen(arguments.host, arguments.port) as listener:
-        app = create_app(root)
+        app = create_app(root, middleware=[Middleware(Faults, root)] if arguments.faults else [])
         token = accounts.add(OWNER, "write", arguments.token, (*ORGANIZATIONS, *arguments.organization))
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=3))
 

@@ -107,6 +107,13 @@ class Accounts:
         self._save(users)
         return str(kept[0]["token"])
 
+    def revoke(self, token: str) -> None:
+        """The token is good for nothing from now on; `add` with it makes it good again."""
+        users = json.loads(json.dumps(self.users()))
+        for account in users.values():
+            account["tokens"] = [entry for entry in account["tokens"] if entry["token"] != token]
+        self._save(users)
+
     def _save(self, users: dict[str, Any]) -> None:
         fresh = self.path.with_suffix(".new")
         # 0600 from the first byte on, and renamed in: nobody reads half a file or somebody else's token.

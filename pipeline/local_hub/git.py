@@ -262,7 +262,23 @@ class GitRepo:
         self._store.add_object(commit)
         if not (self._repo.refs.set_if_equals(ref, old, commit.id) if old else self._repo.refs.add_if_new(ref, commit.id)):
             raise HubError(412, f"{branch} moved while this commit was made: try again.")
+        if head and squash:
+            self._drop_large_files(head)
         return commit.id.decode()
+
+    def _drop_large_files(self, forgotten: str) -> None:
+        """Give back the room of objects that only the history up to `forgotten` needed, which no branch or tag leads to now.
+
+        A client that was told meanwhile that such an object is here gets a refusal of its commit, and uploads it again.
+        """
+        kept = {oid for base in ("heads", "tags") for head in self.refs(base).values() for oid in self._large_files(head)}
+        for oid in self._large_files(forgotten) - kept:
+            self.lfs_path(oid).unlink(missing_ok=True)
+
+    def _large_files(self, commit: str) -> set[str]:
+        """The sha256 of every large file of a commit and those before it."""
+        entries = {entry.oid: entry for past in self.history(commit) for entry in self.files(past.id.decode()).values()}
+        return {pointer.oid for entry in entries.values() if (pointer := self.content(entry)[1])}
 
     def _apply(self, files: dict[str, Entry], change: Change) -> None:
         path = change.path

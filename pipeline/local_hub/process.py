@@ -16,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 
 from pipeline.local_hub.accounts import OWNER, Accounts
+from pipeline.local_hub.faults import Fault, Switch
 
 PROXIES = ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY")
 
@@ -40,18 +41,19 @@ class HubProcess:
     """A local Hub server as a child process. Starts on `start` or on entering the context; gone after `stop` or leaving it.
 
     Without `root` its repositories live in a temporary folder and go with it. The child also ends by itself when this
-    process dies.
+    process dies. With `faults` it can be told to misbehave (see faults.py).
     """
 
     user = OWNER
     env: dict[str, str]  # what a client needs in its environment
 
-    def __init__(self, root: Path | None = None, port: int = 0, options: Sequence[str] = ()) -> None:
+    def __init__(self, root: Path | None = None, port: int = 0, options: Sequence[str] = (), faults: bool = False) -> None:
         self._temporary = tempfile.TemporaryDirectory(prefix="local-hub-") if root is None else None
         self.root = Path(self._temporary.name if self._temporary else root or "")
         self.log = self.root / "server.log"
-        self._command = [sys.executable, "-m", "pipeline.local_hub", "--root", str(self.root), "--port", str(port), "--with-parent"]
-        self._command += options
+        self._port = port
+        self._options = ["--root", str(self.root), "--with-parent", *(["--faults"] if faults else []), *options]
+        self._switch = Switch(self.root) if faults else None
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -70,16 +72,49 @@ class HubProcess:
         """Another user of the running Hub; returns their token."""
         return Accounts(self.root).add(name, role, organizations=organizations)
 
+    def fault(self, fault: Fault) -> None:
+        """Misbehave from the next request on; replaces the fault before."""
+        assert self._switch, "HubProcess(faults=True) has the switch"
+        self._switch.set(fault)
+
+    def heal(self) -> None:
+        """Behave again."""
+        assert self._switch, "HubProcess(faults=True) has the switch"
+        self._switch.clear()
+
+    def hits(self) -> list[str]:
+        """The requests that faults have hit since the Hub was made: `kind METHOD path`."""
+        assert self._switch, "HubProcess(faults=True) has the switch"
+        return self._switch.log.read_text().splitlines() if self._switch.log.exists() else []
+
+    def revoke(self) -> None:
+        """The token of `env` is good for nothing from now on, until `restore`."""
+        Accounts(self.root).revoke(self.token)
+
+    def restore(self) -> None:
+        Accounts(self.root).add(self.user, token=self.token)
+
+    def vanish(self) -> None:
+        """Gone from one moment to the next, as by a power cut. `start` brings it back at the same address."""
+        assert self._process is not None
+        process, self._process = self._process, None
+        process.kill()
+        process.wait()
+
     def start(self, timeout: float = 60) -> HubProcess:
-        """Returns when the server accepts connections. Raises RuntimeError with its log when it does not within `timeout` s."""
+        """Returns when the server accepts connections. Raises RuntimeError with its log when it does not within `timeout` s.
+
+        Started again it listens on the same port: clients know it by that.
+        """
         self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
         # The project's folder, so that `-m` finds the package whatever folder the caller works in.
         source = str(Path(__file__).resolve().parents[2])
         path = os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH")]))
         self.log.unlink(missing_ok=True)
         with os.fdopen(os.open(self.log, os.O_WRONLY | os.O_CREAT, 0o600), "wb") as log:  # it holds the token
+            command = [sys.executable, "-m", "pipeline.local_hub", "--port", str(self._port), *self._options]
             self._process = subprocess.Popen(
-                self._command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "PYTHONPATH": path}
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "PYTHONPATH": path}
             )
         deadline = time.monotonic() + timeout
         try:
@@ -92,6 +127,7 @@ class HubProcess:
             raise
         exports = [line.removeprefix("export ") for line in printed.splitlines() if line.startswith("export ")]
         self.env = dict(line.split("=", 1) for line in exports)
+        self._port = int(self.url.rsplit(":", 1)[1])
         return self
 
     def stop(self) -> None:

@@ -1,0 +1,153 @@
+"""What the programs that measure share: launching the entries, figures taken in turns, and results with provenance."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from pipeline.checkpoint import write_json
+from pipeline.errors import UserError
+from pipeline.record import surroundings
+from pipeline.topology import allowed_cores
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+GRACE_SECONDS = 40  # the launcher itself gives its workers 30 s
+
+# What a user types for each entry and number of processes on the CPU.
+COMMANDS = {
+    ("trainer", 1): ("pipeline.launch", "train"),
+    ("trainer", 2): ("pipeline.launch", "train-ddp"),
+    ("raw", 1): ("pipeline.train_ddp",),
+    ("raw", 2): ("pipeline.launch", "train-raw-ddp"),
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One run to be launched: `entry` is trainer or raw; the folder is its --output_dir, beside which its log is kept."""
+
+    entry: str
+    processes: int
+    folder: Path
+    arguments: tuple[str, ...]
+
+    @property
+    def command(self) -> list[str]:
+        module, *kind = COMMANDS[self.entry, self.processes]
+        return [sys.executable, "-m", module, *kind, *self.arguments, "--device", "cpu", "--output_dir", str(self.folder)]
+
+    @property
+    def log(self) -> Path:
+        return self.folder.with_name(self.folder.name + ".log")
+
+
+def run_all(
+    launches: Sequence[Launch], environment: dict[str, str], slots: int = 0, timeout: float = 900
+) -> Iterator[tuple[Launch, dict[str, Any], float]]:
+    """Run them, at most `slots` processes at a time (0: as many as there are cores), and yield each as it ends.
+
+    Returns, a run: its launch, its run.json, its seconds from start to end. `environment` is added to this process's own.
+    Runs whose speed is measured go alone (`slots=1`, `interleave`). Raises UserError for a run that fails or takes longer
+    than `timeout` seconds. Nothing of the runs is left when this ends.
+    """
+    slots = slots or allowed_cores()
+    waiting, running = list(launches), dict[Launch, tuple["subprocess.Popen[str]", Any, float]]()
+    try:
+        while waiting or running:
+            busy = sum(launch.processes for launch in running)
+            if waiting and (not running or busy + waiting[0].processes <= slots):
+                launch = waiting.pop(0)
+                launch.folder.parent.mkdir(parents=True, exist_ok=True)
+                log = launch.log.open("w", encoding="utf-8")
+                # A session of its own: the terminal's Ctrl-C comes to us alone, and we end the run in order.
+                process = subprocess.Popen(
+                    launch.command, cwd=ROOT, env=os.environ | environment, text=True, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+                )  # fmt: skip
+                running[launch] = (process, log, time.monotonic())
+                continue
+            time.sleep(0.05)
+            for launch, (process, log, start) in list(running.items()):
+                if process.poll() is None and time.monotonic() - start > timeout:
+                    raise UserError(f"{launch.folder.name} took longer than {timeout:.0f} s. Its log: {launch.log}")
+                if process.poll() is not None:
+                    log.close()
+                    del running[launch]
+                    if process.returncode:
+                        raise UserError(
+                            f"{launch.folder.name} failed with code {process.returncode}: {last_words(launch.log)} Its log: {launch.log}"
+                        )
+                    yield launch, json.loads((launch.folder / "run.json").read_text(encoding="utf-8")), time.monotonic() - start
+    finally:
+        for process, log, _ in running.values():
+            end(process)
+            log.close()
+
+
+def last_words(log: Path) -> str:
+    """A failed run's own error line, else the last line it wrote."""
+    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    return next((line for line in lines if line.startswith("error")), lines[-1] if lines else "it wrote nothing.")
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    """End a launcher and its workers: one SIGTERM, which it hands on, and what is left after a while is killed."""
+    members = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+    process.terminate()
+    try:
+        process.wait(GRACE_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    for member in psutil.wait_procs(members, timeout=1)[1]:
+        member.kill()
+
+
+def interleave(variants: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """Measure every variant once per round, each round beginning with another one; returns figures by variant, `(rounds,)`.
+
+    Taken in turns, so that a machine that grows slow in between is slow for all of them.
+    """
+    figures: dict[str, list[float]] = {name: [] for name in variants}
+    names = list(variants)
+    for i in range(rounds):
+        for name in names[i % len(names) :] + names[: i % len(names)]:
+            figures[name].append(variants[name]())
+    return figures
+
+
+def ratio(figures: Sequence[float], base: Sequence[float]) -> dict[str, float]:
+    """`median` of one variant over the median of another, and the `lowest` and `highest` ratio of any one round."""
+    rounds = [a / b for a, b in zip(figures, base, strict=True)]
+    return {"median": statistics.median(figures) / statistics.median(base), "lowest": min(rounds), "highest": max(rounds)}
+
+
+def write_results(name: str, results: Mapping[str, Any]) -> Path:
+    """Write results/<name>.json with where, when and with what code it was measured."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    write_json(path, {"format": 1, "date": datetime.now(UTC).isoformat(timespec="seconds"), "provenance": surroundings(), **results})
+    return path
+
+
+def provenance_lines(results: Mapping[str, Any]) -> str:
+    """Two lines for a page: what measured, when, on what, with which versions."""
+    where, versions = results["provenance"]["hardware"], results["provenance"]["versions"]
+    commit, dirty = results["provenance"]["code"]["commit"], results["provenance"]["code"]["dirty"]
+    code = f"code {commit[:12]}{' with uncommitted changes' if dirty else ''}" if commit else "code outside a git checkout"
+    gpus = ", ".join(where["gpus"]) or "no GPU"
+    return (
+        f"Measured on {results['date'][:10]} by `{results['provenance']['command']}` on {where['cores']} cores of {where['cpu']}, {gpus}; "
+        f"torch {versions['torch']}, transformers {versions['transformers']}, accelerate {versions['accelerate']}, Python {versions['python']}; {code}."
+    )
