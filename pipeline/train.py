@@ -272,6 +272,7 @@ def run(config: TrainConfig, topology: Topology, plan: BatchPlan, state: Partial
                 if not recorder.finished:
                     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
             recorder.stop()
+            watch.beat("final scoring")
             # Accelerate left its autocast around forward; the final figures are those of the fp32 weights.
             model = trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
             record = conclude(ENTRY, config, topology, plan, prepared, model, recorder, lambda shard: gather_object([shard]), watch.tick)

@@ -273,6 +273,7 @@ def run(config: TrainConfig, topology: Topology) -> Outcome:
                 if not recorder.finished:
                     train(config, topology, plan, prepared, loader, state, recorder, keeper, stopper, watch)
             recorder.stop()
+            watch.beat("final scoring")
             record = conclude(ENTRY, config, topology, plan, prepared, model, recorder, gather_shards, watch.tick)
         except BaseException:
             recorder.stop()

@@ -82,9 +82,8 @@ class Watch:
         self._end.set()
         self._thread.join()
         self._path(self.rank).unlink(missing_ok=True)
-        if self.rank == 0 and error is None:
-            with contextlib.suppress(OSError):  # a slower peer's note may still lie there
-                self.folder.rmdir()
+        with contextlib.suppress(OSError):  # the last to leave finds it empty
+            self.folder.rmdir()
         if lost:
             raise PeerLost(lost) from error
 
