@@ -128,9 +128,9 @@ def interleave(variants: dict[str, Callable[[], float]], rounds: int) -> dict[st
 
 
 def ratio(figures: Sequence[float], base: Sequence[float]) -> dict[str, float]:
-    """`median` of one variant over the median of another, and the `lowest` and `highest` ratio of any one round."""
+    """One variant over another, round by round (what a round has in common cancels): `median`, `lowest` and `highest`."""
     rounds = [a / b for a, b in zip(figures, base, strict=True)]
-    return {"median": statistics.median(figures) / statistics.median(base), "lowest": min(rounds), "highest": max(rounds)}
+    return {"median": statistics.median(rounds), "lowest": min(rounds), "highest": max(rounds)}
 
 
 def write_results(name: str, results: Mapping[str, Any]) -> Path:

@@ -28,7 +28,7 @@ from safetensors.torch import load_file
 
 from benchmarks.common import ROOT, Launch, run_all, write_results
 from benchmarks.parity_page import SCORES, number, page, table
-from pipeline import trace
+from benchmarks.parting import default_tolerance, first_parting, read
 from pipeline.assets import fetch
 from pipeline.errors import run_entry
 
@@ -199,7 +199,7 @@ def explain(a: Case, b: Case, settings: Mapping[str, Any], folder: Path, environ
     missing = [launch for launch in launches if not launch.folder.exists()]
     for launch, record, _ in run_all(missing, environment):
         thin(launch.folder, record["steps"], whole=False)
-    parting = trace.first_parting(trace.read(launches[0].folder), trace.read(launches[1].folder))
+    parting = first_parting(read(launches[0].folder), read(launches[1].folder))
     return str(parting) if parting else "at no step by more than rounding explains: it adds up"
 
 
@@ -228,9 +228,9 @@ def holds(results: Mapping[str, Any]) -> bool:
 
 def compare(folder_a: str, folder_b: str, tolerance: float | None) -> int:
     """Say where two traced runs part. Returns 1 where they do, as `diff` does, else 0."""
-    a, b = trace.read(folder_a), trace.read(folder_b)
-    tolerance = trace.default_tolerance(a, b) if tolerance is None else tolerance
-    parting = trace.first_parting(a, b, tolerance)
+    a, b = read(folder_a), read(folder_b)
+    tolerance = default_tolerance(a, b) if tolerance is None else tolerance
+    parting = first_parting(a, b, tolerance)
     measure = f"relative tolerance {tolerance:g}" if tolerance else "bit for bit"
     if parting:
         print(f"{folder_a} and {folder_b} part ({measure}) at {parting}.")

@@ -217,13 +217,21 @@ def _named(config: TrainConfig, entry: str, identity: Mapping[str, Any]) -> Path
     return folder
 
 
+def best_of(folder: Path) -> int | None:
+    """The step of the best checkpoint so far, as this one's manifest knows it; None before the first validation."""
+    try:
+        return int(read_manifest(folder)["recorder"]["best"]["step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def unusable(folder: Path) -> str | None:
     """Why a run cannot go on from the folder: it is not whole, or the best checkpoint, which its end needs, is not."""
     if reason := defect(folder):
         return reason
-    best = read_manifest(folder)["recorder"].get("best")
-    if best and best["step"] != step_of(folder):
-        needed = checkpoint_folder(folder.parent, best["step"])
+    best = best_of(folder)
+    if best is not None and best != step_of(folder):
+        needed = checkpoint_folder(folder.parent, best)
         if reason := defect(needed) if needed.is_dir() else "it is missing":
             return f"the best one, {needed.name}, is damaged ({reason})"
     return None
@@ -258,13 +266,17 @@ def _leave_behind(output_dir: str, step: int) -> None:
                 shutil.rmtree(later)
 
 
-def rotate(output_dir: str | Path, keep: int, best_step: int | None) -> None:
-    """Remove all but the newest `keep` (at least 1) whole checkpoints and the best one; half-written older folders go too."""
-    kept = {p.name for p in whole(output_dir)[-keep:]}
-    kept.add(f"checkpoint-{best_step}")
-    last = max((step_of(p) for p in whole(output_dir)), default=-1)
+def rotate(output_dir: str | Path, keep: int) -> None:
+    """Remove all but the newest `keep` (at least 1) whole checkpoints and the best ones they count on.
+
+    Half-written folders that are older than the newest go too.
+    """
+    newest = whole(output_dir)[-keep:]
+    kept = {step_of(folder) for folder in newest}
+    # Not the newest one's best alone: should that turn out damaged, the one before must still be good to go on from.
+    kept |= {best for folder in newest if (best := best_of(folder)) is not None}
     for folder in candidates(output_dir):
-        if folder.name not in kept and step_of(folder) <= last:
+        if newest and step_of(folder) not in kept and step_of(folder) <= step_of(newest[-1]):
             # The manifest first: a removal cut short must not leave a folder that looks whole.
             (folder / MANIFEST).unlink(missing_ok=True)
             shutil.rmtree(folder)

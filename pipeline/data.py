@@ -39,6 +39,7 @@ class TextData:
     label_names: list[str]
     warnings: list[str]  # what a person should look at, one line each
     provenance: dict[str, Any]  # dataset, revision, rows {split: n}, label_names, class_counts {name: rows in train}
+    repeats: dict[str, int]  # duplicates: rows of train, contradictions: texts with several labels, leaked: test rows in train
 
 
 def load_texts(config: TrainConfig, show_progress: bool = False) -> TextData:
@@ -75,7 +76,8 @@ def load_texts(config: TrainConfig, show_progress: bool = False) -> TextData:
             f"{config.dataset} has no test split{present}: {len(test):,} rows of {config.train_split} are held out as test "
             f"(test_share {config.test_share}, stratified, seed {config.seed})."
         )
-    warnings += _repeated(train, test, label_names)
+    repeats, lines = _repeated(train, test, label_names)
+    warnings += lines
 
     train, validation = _held_out(train, config.validation_share, "validation_share", config.seed)
     classes = len(set(rows.labels))
@@ -93,7 +95,7 @@ def load_texts(config: TrainConfig, show_progress: bool = False) -> TextData:
         "label_names": label_names,
         "class_counts": {name: int(n) for name, n in zip(label_names, counts, strict=True)},
     }
-    return TextData(train, validation, test, label_names, warnings, provenance)
+    return TextData(train, validation, test, label_names, warnings, provenance, repeats)
 
 
 def tokenize(dataset: Dataset, tokenizer: Any, max_length: int, show_progress: bool = False) -> Dataset:
@@ -196,8 +198,8 @@ def _held_out(table: Dataset, share: float, option: str, seed: int) -> tuple[Dat
     return table.select(np.setdiff1d(np.arange(len(table)), chosen)), table.select(chosen)
 
 
-def _repeated(train: Dataset, test: Dataset, label_names: list[str]) -> list[str]:
-    """Warnings of texts that occur twice; capitals and white space do not make a text another one."""
+def _repeated(train: Dataset, test: Dataset, label_names: list[str]) -> tuple[dict[str, int], list[str]]:
+    """How many texts occur twice, and warnings of them; capitals and white space do not make a text another one."""
     texts, labels = train["text"][:], train["label"][:]
     first: dict[str, int] = {}
     repeats: list[int] = []
@@ -223,7 +225,7 @@ def _repeated(train: Dataset, test: Dataset, label_names: list[str]) -> list[str
         warnings.append(
             f"{len(leaked):,} test rows ({share:.1%}) also stand in train, so the test score flatters: for example {short(leaked[0])}."
         )
-    return warnings
+    return {"duplicates": len(repeats), "contradictions": len(contradicting), "leaked": len(leaked)}, warnings
 
 
 def _fingerprint(dataset: Dataset, tokenizer: Any, max_length: int) -> str:

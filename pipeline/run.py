@@ -185,8 +185,7 @@ class Keeper:
         self._kept()
 
     def _kept(self) -> None:
-        best = self.recorder.best
-        checkpoint.rotate(self.output_dir, self.config.save_total_limit, best["step"] if best else None)
+        checkpoint.rotate(self.output_dir, self.config.save_total_limit)
         if self.backup:
             self.backup.committed()
 

@@ -241,9 +241,9 @@ def test_rotation_during_a_push_takes_nothing_away(hub: HubProcess, api: HfApi, 
     hub.fault(Fault("stall", path="preupload"))
     with subprocess.Popen([sys.executable, "-m", "pipeline.backup", "push", "--run", str(run), "--repo", repo], cwd=ROOT) as child:
         wait_for(lambda: any("preupload" in hit for hit in hub.hits()[-1:]))
-        checkpoint.rotate(run, 1, None)
+        checkpoint.rotate(run, 1)
         make(run, 100)
-        checkpoint.rotate(run, 1, None)
+        checkpoint.rotate(run, 1)
         assert not folder.exists()
         second = command(f"python -m pipeline.backup push --run {run} --repo {repo}")
         assert second.returncode == 2 and "Another push of" in second.stderr and second.stderr.count("\n") == 1

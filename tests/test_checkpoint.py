@@ -12,7 +12,6 @@ from pipeline import checkpoint
 from pipeline.config import TrainConfig
 from pipeline.errors import UserError
 
-
 IDENTITY = {"model": "m", "dataset": "d"}
 
 
@@ -129,13 +128,35 @@ def test_a_named_older_checkpoint_leaves_the_later_ones_behind(config: TrainConf
         find(replace(config, resume=str(older), output_dir=str(tmp_path / "other")))
 
 
+def steps(config: TrainConfig) -> list[int]:
+    return [checkpoint.step_of(p) for p in checkpoint.candidates(config.output_dir or "")]
+
+
 def test_rotation_keeps_the_newest_and_the_best(config: TrainConfig) -> None:
     for step in (1, 2, 3, 4):
-        make(config, step)
+        make(config, step, best=1)
     halfway = checkpoint.checkpoint_folder(config.output_dir or "", 2)
     (halfway / checkpoint.MANIFEST).unlink()
-    checkpoint.rotate(config.output_dir or "", keep=1, best_step=1)
-    assert [p.name for p in checkpoint.candidates(config.output_dir or "")] == ["checkpoint-1", "checkpoint-4"]
+    checkpoint.rotate(config.output_dir or "", keep=1)
+    assert steps(config) == [1, 4]
+
+
+def test_rotation_never_takes_what_another_may_need(config: TrainConfig) -> None:
+    """The newest is the best: the one before, which counts on an earlier best, stays good to go on from."""
+    for step, best in ((1, 1), (2, 1), (3, 3)):
+        make(config, step, best=best)
+        checkpoint.rotate(config.output_dir or "", keep=2)
+    assert steps(config) == [1, 2, 3]
+    (checkpoint.checkpoint_folder(config.output_dir or "", 3) / "model.safetensors").write_bytes(b"")
+    assert find(config) == checkpoint.checkpoint_folder(config.output_dir or "", 2)
+
+
+def test_the_only_whole_one_is_never_removed(config: TrainConfig) -> None:
+    make(config, 1)
+    halfway = checkpoint.checkpoint_folder(config.output_dir or "", 2)
+    checkpoint.begin(halfway)
+    checkpoint.rotate(config.output_dir or "", keep=1)
+    assert find(config) == checkpoint.checkpoint_folder(config.output_dir or "", 1)
 
 
 def test_the_manifest_holds_what_it_says(config: TrainConfig) -> None:

@@ -152,7 +152,7 @@ def test_two_processes_then_one_then_two(workshop: Path) -> None:
 def test_a_killed_rank_is_named(workshop: Path) -> None:
     code, seconds, err = interrupt(workshop, "train-raw-ddp", "killed", lambda process, ranks: ranks[1].kill())
     assert code == 137 and seconds < 60, err
-    assert [line for line in err.splitlines() if line.startswith("error")][0].startswith("error: rank 1 was ended by SIGKILL"), err
+    assert next(line for line in err.splitlines() if line.startswith("error")).startswith("error: rank 1 was ended by SIGKILL"), err
 
 
 def test_a_killed_rank_is_named_under_the_plain_launcher(workshop: Path) -> None:
@@ -194,7 +194,7 @@ def test_max_restarts_goes_on_by_itself(workshop: Path, whole: dict[str, Any]) -
                 assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1]
                 time.sleep(0.01)
             workers(process)[rank].kill()
-        out, err = process.communicate(timeout=120)
+        _, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     again = {"record": json.loads((folder / "run.json").read_text(encoding="utf-8"))}
     assert len(again["record"]["sessions"]) == 3

@@ -11,11 +11,12 @@ import pytest
 import torch
 from transformers import DistilBertConfig, DistilBertForSequenceClassification
 
+from benchmarks.parting import first_parting, read
 from pipeline.batches import Collator
 from pipeline.errors import UserError
 from pipeline.model import classification_loss
 from pipeline.sampler import GlobalBatchSampler
-from pipeline.trace import SKETCH, attach, fingerprint, first_parting, read
+from pipeline.trace import SKETCH, attach, fingerprint
 
 ROWS = 48
 

@@ -1,14 +1,12 @@
-"""What a check says: one line each of what was looked at, what was found, what is expected, and what to do about it."""
+"""What a check says: what was looked at, what was found, what is expected, and what to do about it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 Level = Literal["ok", "warn", "FAIL", "skip"]  # skip: could not be looked at, because of a FAIL elsewhere
-
-WAITING, DONE = "waiting for the other ranks", "done"  # in a rank's notes
 
 
 @dataclass(frozen=True)
@@ -22,8 +20,11 @@ class Finding:
     def __post_init__(self) -> None:
         assert self.level in ("ok", "skip") or self.next, f"'{self.what}' is {self.level} and says no next step"
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+    def __str__(self) -> str:
+        start = f"{self.level:<6}{self.what:<16}{self.found}"
+        if self.level == "ok":
+            return f"{start} (expected: {self.expected})"
+        return start + "".join(f"\n{'':<22}  {word} {text}" for word, text in (("expected:", self.expected), ("next:", self.next)) if text)
 
 
 def judge(what: str, found: str, expected: str, good: bool, next: str, bad: Level = "FAIL") -> Finding:
@@ -37,34 +38,11 @@ def from_error(what: str, text: str, expected: str = "no error") -> Finding:
     return Finding(what, found.rstrip("."), expected, "FAIL", advice or "Put that right, then run the doctor again.")
 
 
-def count(findings: Sequence[Finding], level: Level) -> int:
-    return sum(finding.level == level for finding in findings)
-
-
-def table(findings: Sequence[Finding]) -> str:
-    """The findings, aligned, and a last line that sums them up."""
-    first = max((len(f.what) for f in findings), default=0)
-    second = max((len(f.found) for f in findings if f.level == "ok" and len(f.found) < 80), default=0)
-    lines = []
-    for f in findings:
-        if f.level == "ok":
-            lines.append(f"ok    {f.what:<{first}}  {f.found:<{second}}  expected: {f.expected}")
-            continue
-        lines.append(f"{f.level:<4}  {f.what:<{first}}  {f.found}")
-        if f.level != "skip":
-            lines += [f"      {'':<{first}}    expected: {f.expected}", f"      {'':<{first}}    next:     {f.next}"]
-    failed, warned, skipped = (count(findings, level) for level in ("FAIL", "warn", "skip"))
-    warnings = f"{warned} warning{'s' * (warned != 1)}"
-    if failed:
-        lines.append(f"{failed} of {len(findings)} FAILED, {warnings}, {skipped} not looked at. Mend the first FAIL, then look again.")
-    else:
-        lines.append(f"All is well: {len(findings)} looked at, {warnings}.")
-    return "\n".join(lines)
+def verdict(findings: Sequence[Finding]) -> str:
+    failed, warned, skipped = (sum(f.level == level for f in findings) for level in ("FAIL", "warn", "skip"))
+    well = f"All is well: {len(findings)} looked at, {warned} warning(s)."
+    return f"{failed} FAILED, {warned} warning(s), {skipped} not looked at. Mend the first FAIL, then look again." if failed else well
 
 
 def gib(amount: float) -> str:
-    """Bytes for people, in the unit that fits."""
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20)):
-        if amount >= size:
-            return f"{amount / size:.1f} {unit}"
-    return f"{amount / 1024:.1f} KiB"
+    return f"{amount / 2**30:.3g} GiB"

@@ -1,17 +1,15 @@
 """The frame around the checks: all ranks walk through the same list together, and none waits for one that has failed.
 
-A check is a function of the `Context` that returns findings; rank 0's count. What it raises becomes its FAIL line, and
-checks that build on what it should have set are left out. Everything that ranks tell each other goes through
-`Ranks.gather`, which carries failures too: a rank that fails in mid-check says so in place of its next answer.
+A check is a function of the `Context` that returns findings. What it raises becomes its FAIL line, and checks that build
+on it are left out. All that ranks tell each other goes through `Context.gather`, which carries failures too: a rank that
+fails in mid-check says so in place of its next answer.
 """
 
 from __future__ import annotations
 
-import itertools
-import os
-import socket
+import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,89 +18,59 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from pipeline.checkpoint import write_json
 from pipeline.config import TrainConfig
-from pipeline.doctor.findings import WAITING, Finding, from_error
+from pipeline.doctor.findings import Finding, from_error
 from pipeline.errors import explain
 from pipeline.model import build_model
 from pipeline.run import training_sampler
 from pipeline.sampler import GlobalBatchSampler
-from pipeline.topology import Topology
-
-NEEDED = {"model": "model", "prepared": "data"}  # fields of the Context that checks may need, in words
+from pipeline.topology import BatchPlan, Topology
 
 
 class RankFailed(Exception):
-    """A check ended on some rank; every rank knows already."""
-
-
-class Ranks:
-    """The group of all ranks, and the notes by which the parent process sees how far each has come."""
-
-    def __init__(self, rank: int, folder: Path) -> None:
-        self.rank, self.folder = rank, folder
-        self.stage, self.number, self.of = "start", 0, 0
-
-    def note(self, doing: str) -> None:
-        note = {"rank": self.rank, "stage": self.stage, "number": self.number, "of": self.of, "doing": doing, "pid": os.getpid()}
-        write_json(self.folder / f"rank-{self.rank}.json", note)
-
-    def gather(self, value: Any) -> list[Any]:
-        """Every rank's value, in the order of the ranks, on every rank. Raises RankFailed where one came with a failure."""
-        return self._exchange(("value", value))
-
-    def tell_failure(self, line: str) -> RankFailed:
-        """Answers the others' next `gather`, wherever in the check they are; returns what to report."""
-        try:
-            self._exchange(("failure", line))
-        except RankFailed as failed:
-            return failed
-        raise AssertionError("a failure was sent and none came")
-
-    def _exchange(self, mine: tuple[str, Any]) -> list[Any]:
-        self.note(WAITING)
-        box: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(box, mine)
-        self.note("working")
-        failures: dict[str, list[int]] = {}
-        for rank, (kind, value) in enumerate(box):
-            if kind == "failure":
-                failures.setdefault(value, []).append(rank)
-        if failures:
-            alone = len(box) == 1
-            told = [line if alone or len(who) == len(box) else f"rank {', '.join(map(str, who))}: {line}" for line, who in failures.items()]
-            raise RankFailed("; ".join(told))
-        return [value for _, value in box]
+    """Sent: what failed on this rank. Raised: what failed on some rank, and every rank knows."""
 
 
 @dataclass
 class Context:
-    """What the checks look at. What has a default is set by earlier checks; None: not there, because that check failed."""
+    """What the checks look at. What has a default is set by the check named beside it."""
 
     config: TrainConfig
     topology: Topology
-    ranks: Ranks
+    folder: Path  # for what has to be written
     asked: int  # processes the launch file asks for
     launch: str  # name of the launch file
     refused: str | None = None  # why the configured device or precision cannot be had; `topology` is a substitute then
-    plan: Any = None  # BatchPlan
-    model_found: bool | None = None
-    prepared: Any = None  # Prepared
-    lengths: Any = None  # tokens of each training row, (rows,), read from the table once: row by row takes seconds
-    model: Any = None  # as the run would train it, on its device
-    parameter_bytes: int = 0
-    host: str = field(default_factory=socket.gethostname)
+    tick: Callable[[], None] = lambda: None  # tells the others that this rank moves
+    done: set[str] = field(default_factory=set)  # names of the checks that came to their end, on all ranks
+    plan: Any = None  # batch: BatchPlan
+    prepared: Any = None  # dataset: Prepared
+    lengths: Any = None  # dataset: tokens of each training row, (rows,)
+    model: Any = None  # parameters: as the run would train it, on its device
+    parameter_bytes: int = 0  # parameters
+    cost: tuple[float, float] = (0, 0)  # longest batch: seconds of a micro-batch, whatever its size, and of each token
 
-    def sampler(self, rank: int, world_size: int, accumulation: int) -> GlobalBatchSampler:
-        """The run's own sampler, as it would deal to that rank."""
-        place = replace(self.topology, rank=rank, world_size=world_size)
-        plan = replace(self.plan, world_size=world_size, accumulation=accumulation)
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, in the order of the ranks, on every rank; a RankFailed among them is raised on every rank."""
+        box: list[Any] = [None] * dist.get_world_size()
+        self.tick()
+        dist.all_gather_object(box, value)
+        failed = {rank: str(answer) for rank, answer in enumerate(box) if isinstance(answer, RankFailed)}
+        if failed:
+            alike = len(failed) == len(box) and len(set(failed.values())) == 1
+            raise RankFailed(failed[0] if alike else "; ".join(f"rank {rank}: {line}" for rank, line in failed.items()))
+        return box
+
+    def sampler(self, plan: BatchPlan, rank: int) -> GlobalBatchSampler:
+        """The run's own sampler, as it would deal batches of that plan to that rank."""
+        place = replace(self.topology, rank=rank, world_size=plan.world_size)
+        # The lengths were read from the table once: row by row it takes seconds.
         return training_sampler(self.config, place, plan, {"length": self.lengths})  # type: ignore[arg-type]
 
     def build(self, config: TrainConfig) -> nn.Module:
         """The run's own model on this rank's device."""
-        prepared, place = self.prepared, self.topology
-        return build_model(prepared.source, config, prepared.label_names, place.attention).to(place.torch_device)
+        place = self.topology
+        return build_model(self.prepared.source, config, self.prepared.label_names, place.attention).to(place.torch_device)
 
     def collate(self, rows: Sequence[int]) -> dict[str, torch.Tensor]:
         """Training rows as the padded batch a model takes, on this rank's device."""
@@ -110,32 +78,27 @@ class Context:
         return {name: tensor.to(self.topology.torch_device) for name, tensor in batch.items()}
 
 
-@dataclass(frozen=True)
-class Check:
-    name: str
-    run: Callable[[Context], list[Finding]]
-    needs: tuple[str, ...] = ()  # of NEEDED
-
-
-def run_checks(context: Context, checks: Sequence[Check]) -> Iterator[list[Finding]]:
-    """Each check's findings as it ends. All ranks must walk through; the findings of rank 0 are the ones to show."""
-    ranks = context.ranks
-    for number, check in enumerate(checks, start=1):
-        ranks.stage, ranks.number, ranks.of = check.name, number, len(checks)
-        ranks.note("working")
-        missing = [NEEDED[name] for name in check.needs if getattr(context, name) is None]
-        # Agreed upon, since a check can have failed on one rank only.
-        missing = list(dict.fromkeys(itertools.chain.from_iterable(ranks.gather(missing))))
-        if missing:
-            yield [Finding(check.name, f"not looked at: it needs the {' and the '.join(missing)}, see above", "to be looked at", "skip")]
-            continue
+def attempt(context: Context, name: str, check: Callable[[Context], list[Finding]], needs: Sequence[str] = ()) -> list[Finding]:
+    """A check's findings: rank 0's, and what is not well on others; or what kept it from its end. All ranks call this together."""
+    missing = [need for need in needs if need not in context.done]
+    if missing:
+        return [Finding(name, f"not looked at: it builds on {' and '.join(missing)}, see above", "", "skip")]
+    try:
         try:
-            findings = check.run(context)
-            ranks.gather(None)
-        except RankFailed as failed:
-            findings = [from_error(check.name, str(failed))]
+            mine = check(context)
+        except RankFailed:
+            raise
         except Exception as error:
-            traceback.print_exception(error)  # into the log, which --debug shows
-            line = explain(error) or f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
-            findings = [from_error(check.name, str(ranks.tell_failure(line)))]
-        yield findings
+            if "--debug" in sys.argv:
+                traceback.print_exception(error)
+            words = " ".join(str(error).split("\n", 1)[0].split()) or "no message"
+            context.gather(RankFailed(explain(error) or f"{type(error).__name__}: {words}"))
+            raise
+        shown, *others = context.gather(mine)
+    except RankFailed as failed:
+        return [from_error(name, str(failed))]
+    for rank, findings in enumerate(others, start=1):
+        news = [finding for finding in findings if finding.level != "ok" and finding.found not in {known.found for known in shown}]
+        shown += [replace(finding, what=f"{finding.what}, rank {rank}") for finding in news]
+    context.done.add(name)
+    return shown
