@@ -191,17 +191,24 @@ def parse(argv: list[str], prog: str = "python -m pipeline.train", suffix: str =
     path = Path(argv.pop(0)) if argv and not argv[0].startswith("-") else None
     parser = make_parser(prog)
     from_file = yaml_arguments(path) if path else []
-    if from_file:
-        # The file alone first: a bad value in it is then reported with the file's name.
-        try:
-            _parse(parser, from_file, prog)
-        except UserError as error:
+    try:
+        config = _parse(parser, from_file + argv, prog)
+    except UserError as error:
+        if from_file and _complaint(parser, from_file, prog) == str(error):  # the file alone is enough to be wrong: name it
             raise UserError(f"{path}: {error}") from error
-    config = _parse(parser, from_file + argv, prog)
+        raise
     if config.output_dir is None:
         stem = path.stem if path else "run"
         config = dataclasses.replace(config, output_dir=f"outputs/{stem}{suffix}")
     return config
+
+
+def _complaint(parser: Any, arguments: list[str], prog: str) -> str | None:
+    try:
+        _parse(parser, arguments, prog)
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def _parse(parser: Any, arguments: list[str], prog: str) -> TrainConfig:

@@ -11,8 +11,8 @@ import json
 import os
 import sys
 import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.config import parse
-from pipeline.doctor import check_data, check_hub, check_launch, check_model, check_step
-from pipeline.doctor.examine import join
-from pipeline.doctor.findings import Finding
-from pipeline.doctor.frame import Check, Context, Ranks, run_checks
+from pipeline.doctor import check_launch, check_sources, check_training
+from pipeline.doctor.examine import CHECKS, join
+from pipeline.doctor.frame import Context, Finding, attempt
 from pipeline.topology import find_topology
 
 RANK = int(os.environ["RANK"])
@@ -39,20 +38,31 @@ class Faults:
     def a_row_on_both_ranks(self) -> Callable[..., Any]:
         """Rank 1 gets a row that is rank 0's."""
 
-        def sampler(rank: int, world_size: int, accumulation: int) -> Any:
-            dealt = self.deal(rank, world_size, accumulation)
+        def sampler(plan: Any, rank: int) -> Any:
+            dealt = self.deal(plan, rank)
             if rank == 1:
-                theirs = next(iter(self.deal(0, world_size, accumulation)))
+                theirs = next(iter(self.deal(plan, 0)))
                 dealt.deal = lambda batch, deal=dealt.deal: torch.cat([torch.tensor([[theirs[0]]]), deal(batch)[:, 1:]], dim=1)
             return dealt
 
         self.context.sampler = sampler  # type: ignore[method-assign]
-        return check_data.coverage
+        return check_sources.coverage
+
+    def a_rank_with_less_to_do(self) -> Callable[..., Any]:
+        class Short:
+            def __init__(self, dealt: Any) -> None:
+                self.dealt, self.set_epoch = dealt, dealt.set_epoch
+
+            def __iter__(self) -> Iterator[list[int]]:
+                return iter(list(self.dealt)[RANK:])
+
+        self.context.sampler = lambda *place: Short(self.deal(*place))  # type: ignore[method-assign, assignment, return-value]
+        return check_sources.coverage
 
     def rows_dealt_wrongly(self) -> Callable[..., Any]:
         """The classic: every rank learns from rank 0's rows."""
-        self.context.sampler = lambda rank, *rest: self.deal(0, *rest)  # type: ignore[method-assign]
-        return check_model.gradient
+        self.context.sampler = lambda plan, _rank: self.deal(plan, 0)  # type: ignore[method-assign]
+        return check_training.gradient
 
     def loss_times_world_size(self) -> Callable[..., Any]:
         """What stock Trainer does to models like DistilBERT when it is not told otherwise."""
@@ -63,7 +73,7 @@ class Faults:
             return model
 
         self.context.build = build  # type: ignore[method-assign]
-        return check_model.gradient
+        return check_training.gradient
 
     def a_parameter_kept_out_of_the_all_reduce(self) -> Callable[..., Any]:
         def build(config: Any) -> nn.Module:
@@ -72,7 +82,7 @@ class Faults:
             return model
 
         self.context.build = build  # type: ignore[method-assign]
-        return check_model.gradient
+        return check_training.gradient
 
     def an_unused_parameter(self) -> Callable[..., Any]:
         def build(config: Any) -> nn.Module:
@@ -81,26 +91,26 @@ class Faults:
             return model
 
         self.context.build = build  # type: ignore[method-assign]
-        return check_model.parameters
-
-    def a_slow_rank(self) -> Callable[..., Any]:
-        model: Any = self.build(self.context.config)
-        model.register_forward_hook(lambda *_: time.sleep(0.2 * RANK))
-        self.context.model = model
-        return check_step.longest_batch
+        return check_training.parameters
 
     def a_link_too_slow_for_the_model(self) -> Callable[..., Any]:
-        """The link is what it is; the share of a step that it may take is set to next to nothing."""
-        self.context.model = self.build(self.context.config)
+        """The link is what it is; beside it, computing is said to take no time at all."""
+        self.context.model, self.context.cost = self.build(self.context.config), (0.0, 0.0)
+        return check_training.speed
 
-        def check(context: Context) -> list[Finding]:
-            allowed, check_step.MOST_COMMUNICATION = check_step.MOST_COMMUNICATION, 1e-4
-            try:
-                return check_step.speed(context)
-            finally:
-                check_step.MOST_COMMUNICATION = allowed
+    def another_device_on_one_rank(self) -> Callable[..., Any]:
+        """No test machine has unlike devices, so rank 1 says that it has a GPU."""
+        if RANK == 1:
+            torch.cuda.get_device_name = lambda _device: "Tesla T4"  # type: ignore[assignment]
+            self.context.topology = replace(self.context.topology, device="cuda")
+        return check_launch.devices
 
-        return check
+    def a_full_machine_at_the_second_rank(self) -> Callable[..., Any]:
+        """Rank 1 stands for the first of another machine, with a model too large for it."""
+        if RANK == 1:
+            self.context.topology = replace(self.context.topology, local_rank=0)
+            self.context.parameter_bytes = 2**50
+        return check_launch.room
 
     def another_library_on_one_rank(self) -> Callable[..., Any]:
         if RANK == 1:
@@ -113,10 +123,8 @@ class Faults:
 
     def other_rows_on_one_rank(self) -> Callable[..., Any]:
         """As if the second machine had an older copy of the files."""
-        import dataclasses
-
-        self.context.config = dataclasses.replace(self.context.config, max_train_samples=160 - 16 * RANK)
-        return check_data.texts
+        self.context.config = replace(self.context.config, max_train_samples=160 - 16 * RANK)
+        return check_sources.texts
 
     def two_groups_of_one(self) -> Callable[..., Any]:
         """A launch file that says use_cpu and a script that does not: Accelerate sees one process on each rank."""
@@ -134,11 +142,11 @@ class Faults:
         """In mid-check, while the other rank waits for an answer."""
 
         def check(context: Context) -> list[Finding]:
-            context.ranks.gather("first")
+            context.gather("first")
             if RANK == 1:
                 raise OSError("the cable is loose")
-            context.ranks.gather("second")
-            context.ranks.gather("third")
+            context.gather("second")
+            context.gather("third")
             return []
 
         return check
@@ -148,31 +156,20 @@ def main(result: str, arguments: list[str]) -> None:
     config = parse(arguments)
     topology = find_topology(config)
     join(topology)
-    names = [name for name in vars(Faults) if not name.startswith("_")]
-    found: dict[str, list[dict[str, Any]]] = {}
+    checks = {name: check for name, check, _ in CHECKS}
+    found: dict[str, list[Finding]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        base = Context(config, topology, Ranks(RANK, Path(folder)), asked=2, launch="two.yaml")
-        list(run_checks(base, [Check("batch", check_launch.batches), Check("model", check_hub.model), Check("dataset", check_data.texts)]))
-        for name in ["nothing", *names]:
-            context = Context(
-                config,
-                topology,
-                base.ranks,
-                asked=2,
-                launch="two.yaml",
-                plan=base.plan,
-                model_found=True,
-                prepared=base.prepared,
-                lengths=base.lengths,
-            )
-            if name == "nothing":
-                checks = [check_launch.world_size, check_launch.same_everywhere, check_data.coverage, check_model.parameters]
-                checks += [check_model.gradient, check_step.longest_batch]
-            else:
-                checks = [getattr(Faults(context), name)()]
-            found[name] = [f.to_dict() for said in run_checks(context, [Check(name, check) for check in checks]) for f in said]
+        base = Context(config, topology, Path(folder), asked=2, launch="two.yaml")
+        for name in ("batch", "model", "dataset"):
+            attempt(base, name, checks[name])
+        well = replace(base)
+        names = ("world size", "devices", "versions", "epoch's rows", "parameters", "longest batch", "gradient")
+        found["nothing"] = [finding for name in names for finding in attempt(well, name, checks[name])]
+        for fault in [name for name in vars(Faults) if not name.startswith("_")]:
+            context = replace(base)
+            found[fault] = attempt(context, fault, getattr(Faults(context), fault)())
     if RANK == 0:
-        Path(result).write_text(json.dumps(found), encoding="utf-8")
+        Path(result).write_text(json.dumps({fault: [asdict(f) for f in findings] for fault, findings in found.items()}), encoding="utf-8")
     torch.distributed.destroy_process_group()
 
 

@@ -84,3 +84,13 @@ def test_help_explains_every_field() -> None:
     for name, field in FIELDS.items():
         assert f"--{name}" in text
         assert " ".join(field.metadata["help"].split())[:30] in text, name
+
+
+def test_what_the_file_leaves_open_the_command_line_may_give(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("hub_checkpoints: true\n", encoding="utf-8")
+    assert parse([str(file), "--hub_repo", "me/mine"]).hub_checkpoints
+    with pytest.raises(UserError, match=r"run\.yaml: hub_checkpoints is set but hub_repo is not"):
+        parse([str(file)])
+    with pytest.raises(UserError, match=r"^unknown option '--epoch'"):
+        parse([str(file), "--hub_repo", "me/mine", "--epoch", "1"])

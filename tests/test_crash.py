@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
-from launching import ROOT
 
 from benchmarks import crash_test
 
@@ -20,12 +18,6 @@ def test_a_few_kills_leave_no_trace(tmp_path: Path, tiny_model_dir: Path, r8_dir
     results = crash_test.run(["raw", "trainer"], 5, options, tmp_path, ENVIRONMENT, seed=3)
     assert results["passed"], results
     assert results["kills"] == 5 and results["inside_a_write"] >= 1, results
-
-
-def test_the_page_is_that_of_the_results() -> None:
-    results = json.loads((ROOT / "benchmarks" / "results" / "crash_test.json").read_text(encoding="utf-8"))
-    assert (ROOT / "benchmarks" / "crash_test.md").read_text(encoding="utf-8") == crash_test.page(results)
-    assert results["passed"] and results["kills"] >= 25
 
 
 @pytest.mark.slow

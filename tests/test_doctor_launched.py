@@ -38,26 +38,26 @@ def write_csv(path: Path, rows: list[tuple[str, Any]]) -> None:
     )
 
 
-def levels(report: Path) -> dict[str, list[str]]:
-    findings = json.loads(report.read_text(encoding="utf-8"))["findings"]
-    return {level: [f["what"] for f in findings if f["level"] == level] for level in ("ok", "warn", "FAIL", "skip")}
+def levels(shown: str) -> dict[str, list[str]]:
+    """What was found ok, warned of, failed and skipped, by the lines that were shown."""
+    lines = re.findall(r"^(ok|warn|FAIL|skip) +(\S+(?: \S+)*)", shown, flags=re.MULTILINE)
+    return {level: [what for its, what in lines if its == level] for level in ("ok", "warn", "FAIL", "skip")}
 
 
-def test_a_launch_that_is_well(config: Path, tmp_path: Path) -> None:
-    report, began = tmp_path / "doctor.json", time.monotonic()
-    done = launch([str(config), "--launch", "configs/accelerate/cpu2.yaml", "--json", str(report)], module="pipeline.doctor")
+def test_a_launch_that_is_well(config: Path) -> None:
+    began = time.monotonic()
+    done = launch([str(config), "--launch", "configs/accelerate/cpu2.yaml"], module="pipeline.doctor")
     assert done.returncode == 0, done.stdout + done.stderr
     assert time.monotonic() - began < 60
-    found = levels(report)
+    found = levels(done.stdout)
     assert not found["FAIL"] and not found["skip"]
-    # Timings on a machine that others use: warnings there say so.
-    assert set(found["warn"]) <= {"slowest rank", "all-reduce", "threads"}, done.stdout
+    # The link's share of a step of a tiny model on a machine that others use may be large, and a warning then says so.
+    assert set(found["warn"]) <= {"all-reduce"}, done.stdout
     for what in ("world size", "device", "versions", "batch", "Hub", "right to write", "model", "dataset", "duplicates", "contradictions",
-                 "test in train", "epoch's rows", "frozen", "unused", "memory", "shared memory", "disk", "precision", "gradient, DDP",
-                 "gradient, Trainer", "longest batch", "epoch"):  # fmt: skip
+                 "test in train", "epoch's rows", "frozen", "unused", "memory", "shared memory", "disk", "precision", "gradient",
+                 "longest batch", "epoch"):  # fmt: skip
         assert what in found["ok"], done.stdout
     assert "2 ranks, of which Accelerate sees 2" in done.stdout and "All is well" in done.stdout.splitlines()[-1]
-    assert "[1/15] world size" in done.stderr, "progress"
 
 
 def test_one_process_where_two_are_asked_for_and_bad_data(config: Path, tmp_path: Path) -> None:
@@ -69,18 +69,17 @@ def test_one_process_where_two_are_asked_for_and_bad_data(config: Path, tmp_path
     text, label = lines[1].rsplit(",", 1)
     lines += [lines[2], f"{text},{2 - int(label)}", tested[1], tested[2]]
     (tmp_path / "train.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    report = tmp_path / "doctor.json"
     done = launch(
-        [str(config), "--launch", str(tmp_path / "multi_cpu.yaml"), "--json", str(report), "--dataset", str(tmp_path / "train.csv"),
-         "--precision", "fp16"], module="pipeline.doctor",
-    )  # fmt: skip
+        [str(config), "--launch", str(tmp_path / "multi_cpu.yaml"), "--dataset", str(tmp_path / "train.csv"), "--precision", "fp16"],
+        module="pipeline.doctor",
+    )
     assert done.returncode == 1
-    found = levels(report)
-    assert found["FAIL"] == ["world size", "device, precision", "test in train"], done.stdout
+    found = levels(done.stdout)
+    assert found["FAIL"] == ["world size", "configured", "test in train"], done.stdout
     assert {"duplicates", "contradictions"} <= set(found["warn"])
     assert "MULTI_CPU starts one" in done.stdout
     assert "2 test rows (3.3%)" in done.stdout
-    assert "3 of " in done.stdout.splitlines()[-1]
+    assert done.stdout.splitlines()[-1].startswith("3 FAILED")
 
 
 def test_faults_between_two_ranks(config: Path, tmp_path: Path) -> None:
@@ -93,39 +92,41 @@ def test_faults_between_two_ranks(config: Path, tmp_path: Path) -> None:
     def bad(fault: str) -> dict[str, dict[str, str]]:
         return {f["what"]: f for f in found[fault] if f["level"] in ("warn", "FAIL")}
 
-    assert set(bad("nothing")) <= {"slowest rank"}
-    assert found["nothing"]
+    assert not bad("nothing") and len(found["nothing"]) >= 9
     assert "1 on several" in bad("a_row_on_both_ranks")["epoch's rows"]["found"]
-    assert set(bad("rows_dealt_wrongly")) == {"gradient, DDP", "gradient, Trainer"}
-    scaled = bad("loss_times_world_size")
-    assert set(scaled) == {"gradient, Trainer"} and "2 times the loss" in scaled["gradient, Trainer"]["found"]
-    assert "unlike on the ranks" in bad("a_parameter_kept_out_of_the_all_reduce")["gradient, DDP"]["found"]
+    assert "11 or 12 micro-batches" in bad("a_rank_with_less_to_do")["epoch's rows"]["found"]
+    assert "gradient" in bad("rows_dealt_wrongly")
+    assert "2 times the loss" in bad("loss_times_world_size")["gradient"]["found"]
+    assert "unlike on the ranks" in bad("a_parameter_kept_out_of_the_all_reduce")["gradient"]["found"]
     assert bad("an_unused_parameter")["unused"]["level"] == "FAIL"
-    assert "(rank 1)" in bad("a_slow_rank")["slowest rank"]["found"]
     slow = bad("a_link_too_slow_for_the_model")["all-reduce"]
-    assert slow["level"] == "warn" and slow["found"].startswith("3.9 MiB in"), slow
+    assert slow["level"] == "warn" and "at most 100% of a step" in slow["found"], slow
+    assert "1 x CPU, gloo, fp32; 1 x Tesla T4, gloo, fp32" in bad("another_device_on_one_rank")["device"]["found"]
+    assert {"memory, rank 1"} == set(bad("a_full_machine_at_the_second_rank")), "the first rank's machine has room"
     assert "rank 1 0.1.2" in bad("another_library_on_one_rank")["versions"]["found"]
-    assert bad("other_rows_on_one_rank")["dataset"]["found"] == "ranks loaded different rows"
+    assert bad("other_rows_on_one_rank")["dataset"]["found"] == "ranks loaded another dataset"
     assert "Accelerate sees 1" in bad("two_groups_of_one")["world size"]["found"]
     assert bad("fewer_than_asked")["world size"]["expected"].startswith("4")
     assert "rank 1: OSError: the cable is loose" in bad("an_exception_on_one_rank")["an_exception_on_one_rank"]["found"]
 
 
-@pytest.mark.parametrize(("sent", "words"), [(signal.SIGKILL, "SIGKILL"), (signal.SIGSTOP, "rank 1 has not moved for 8 s. Last")])
-def test_a_rank_that_dies_or_hangs_is_named_and_nothing_is_left(config: Path, sent: signal.Signals, words: str) -> None:
-    with started([str(config), "--launch", "configs/accelerate/cpu2.yaml", "--timeout", "8"], module="pipeline.doctor") as process:
-        assert process.stderr is not None
-        # Not all checks are shown: the quick ones end between two looks at them.
-        while not re.match(r"\[([4-9]|1\d)/", line := process.stderr.readline()):
-            assert line, "the doctor ended before its fourth check"
+@pytest.mark.parametrize(
+    ("sent", "code", "words"),
+    [(signal.SIGKILL, 137, "rank 1 was ended by SIGKILL"), (signal.SIGSTOP, 70, r"one that hangs \(rank 1 on .*, at: ")],
+)
+def test_a_rank_that_dies_or_hangs_is_named_and_nothing_is_left(config: Path, sent: signal.Signals, code: int, words: str) -> None:
+    arguments = [str(config), "--launch", "configs/accelerate/cpu2.yaml", "--hang_seconds", "1"]
+    with started(arguments, module="pipeline.doctor") as process:
+        assert process.stdout is not None
+        while not (line := process.stdout.readline()).startswith("ok    frozen"):
+            assert line, "the doctor ended before its checks of the model"
         members = family(process)
-        second = next(p for p in members if p.environ().get("RANK") == "1" and "pipeline.doctor" in p.cmdline())
+        second = next(p for p in members if p.environ().get("RANK") == "1" and "pipeline.doctor.examine" in p.cmdline())
         second.send_signal(sent)
-        out, err = process.communicate(timeout=60)
-    assert process.returncode == 1
-    assert words in out, out + err
-    assert re.search(r"Last seen: .*rank 1 in '[\w ]+' \(its process is (gone|stopped)\)", out), out
-    assert "ok    world size" in out, "what had been found is told"
+        out, err = process.communicate(timeout=90)
+    assert process.returncode == code, err
+    assert re.search(words, err), out + err
+    assert "All is well" not in out
     psutil.wait_procs(members, timeout=5)
     assert not alive(members)
 

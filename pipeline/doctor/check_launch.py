@@ -13,8 +13,7 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 
-from pipeline.doctor.findings import Finding, Level, from_error, gib, judge
-from pipeline.doctor.frame import Context
+from pipeline.doctor.frame import Context, Finding, Level, from_error, gib, judge
 from pipeline.record import surroundings
 from pipeline.topology import cpu_computes_bf16, plan_batches
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +11,7 @@ from huggingface_hub import constants
 from huggingface_hub.utils import get_session
 
 from pipeline.data import TextData, load_texts
-from pipeline.doctor.findings import Finding, judge
-from pipeline.doctor.frame import Context
+from pipeline.doctor.frame import Context, Finding, judge
 from pipeline.hub import check_before_training
 from pipeline.run import identity, prepare
 from pipeline.sources import find_model
@@ -22,34 +20,24 @@ MOST_LEAKED = 0.01  # of the test rows; beyond it the test score is no longer wo
 MEND = "Check the network, HF_ENDPOINT and HF_HUB_OFFLINE; or a local Hub (`make hub`), or folders instead of Hub ids."
 
 
-def reachable(context: Context) -> list[Finding]:
-    """One small question to the Hub by rank 0, where anything of the run comes from there or goes there."""
-    config, expected = context.config, "an answer within 10 s"
-    publishes = config.push_to_hub or config.hub_checkpoints
+def hub(context: Context) -> list[Finding]:
+    """Rank 0 asks the Hub, without writing: is it there, and may the token write to `hub_repo`? Raises UserError where not."""
     if context.topology.rank != 0:
         return []
-    if not publishes and all(Path(name).expanduser().exists() for name in (config.model, config.dataset)):
-        return [Finding("Hub", "not needed: model and data are here, nothing is published", expected)]
-    began, good = time.monotonic(), False
-    try:
-        status = get_session().get(f"{constants.ENDPOINT}/api/models", params={"limit": 1}, timeout=10).status_code
-        found, good = f"{constants.ENDPOINT} answers {status} in {time.monotonic() - began:.1f} s", status < 500
-    except Exception as error:  # whatever the client's HTTP library raises: the network, a name, a certificate
-        found = f"{constants.ENDPOINT}: {type(error).__name__}"
-    # The cache may do for reading; the next lines tell. For publishing nothing else will.
-    return [judge("Hub", found, expected, good, MEND, "FAIL" if publishes else "warn")]
-
-
-def write_access(context: Context) -> list[Finding]:
-    """May the token write to `hub_repo`? Raises UserError with the reason."""
-    config, found = context.config, "not needed: push_to_hub and hub_checkpoints are off"
-    if context.topology.rank != 0:
-        return []
-    if config.push_to_hub or config.hub_checkpoints:
+    config, found, good, began = context.config, "not needed: model and data are here, nothing is published", True, time.monotonic()
+    publishes, right = config.push_to_hub or config.hub_checkpoints, "not needed: push_to_hub and hub_checkpoints are off"
+    if publishes or not all(Path(name).expanduser().exists() for name in (config.model, config.dataset)):
+        try:
+            status = get_session().get(f"{constants.ENDPOINT}/api/models", params={"limit": 1}, timeout=10).status_code
+            found, good = f"{constants.ENDPOINT} answers {status} in {time.monotonic() - began:.1f} s", status < 500
+        except Exception as error:  # whatever the client's HTTP library raises: the network, a name, a certificate
+            found, good = f"{constants.ENDPOINT}: {type(error).__name__}", False
+    if publishes:
         # As a first run: with checkpoints to go on from, a Hub that cannot be asked would only be a warning.
         check_before_training(replace(config, push_to_hub=True, output_dir=None))
-        found = f"the token may write to {config.hub_repo}; nothing was written"
-    return [Finding("right to write", found, "to be had when publishing")]
+        right = f"the token may write to {config.hub_repo}; nothing was written"
+    # For reading the cache may do; the next lines tell.
+    return [judge("Hub", found, "an answer within 10 s", good, MEND, "warn"), Finding("right to write", right, "to be had when publishing")]
 
 
 def model(context: Context) -> list[Finding]:
@@ -69,8 +57,7 @@ def texts(context: Context) -> list[Finding]:
     loaded = None
     for turn in (True, False):
         if turn == (context.topology.local_rank == 0):
-            with contextlib.redirect_stdout(None):  # its warnings are findings here
-                context.prepared = prepare(config, context.topology, context.plan) if whole else None
+            context.prepared = prepare(config, context.topology, context.plan) if whole else None
             loaded = context.prepared.texts if whole else load_texts(config)
         context.gather(None)
     assert loaded is not None, "one of the two turns was this rank's"

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+import transformers
 
 from pipeline.config import TrainConfig, parse
-from pipeline.doctor import check_launch, check_model, check_sources, check_step
-from pipeline.doctor.findings import Finding, verdict
-from pipeline.doctor.frame import Context, attempt
+from pipeline.doctor import check_launch, check_sources, check_training
+from pipeline.doctor.frame import Context, Finding, attempt, verdict
 from pipeline.errors import UserError, run_entry
 from pipeline.topology import Topology, find_topology
 from pipeline.watch import Watch
@@ -32,16 +32,15 @@ CHECKS = [
     ("devices", check_launch.devices, ()),
     ("versions", check_launch.same_everywhere, ()),
     ("batch", check_launch.batches, ()),
-    ("Hub", check_sources.reachable, ()),
-    ("right to write", check_sources.write_access, ()),
+    ("Hub", check_sources.hub, ()),
     ("model", check_sources.model, ()),
     ("dataset", check_sources.texts, ()),
     ("epoch's rows", check_sources.coverage, RUN),
-    ("parameters", check_model.parameters, RUN),
+    ("parameters", check_training.parameters, RUN),
     ("room", check_launch.room, ("parameters",)),
-    ("longest batch", check_step.longest_batch, ("parameters",)),
-    ("speed", check_step.speed, ("longest batch",)),
-    ("gradient", check_model.gradient, ("parameters",)),
+    ("longest batch", check_training.longest_batch, ("parameters",)),
+    ("speed", check_training.speed, ("longest batch",)),
+    ("gradient", check_training.gradient, ("parameters",)),
 ]
 
 
@@ -50,8 +49,8 @@ def nearest_topology(config: TrainConfig) -> tuple[Topology, str | None]:
     try:
         return find_topology(config), None
     except UserError as error:
-        device = "cpu" if config.device == "cpu" else "auto"
-        return find_topology(replace(config, precision="auto", device=device)), str(error)
+        nearest = replace(config, precision="auto", device="cpu" if config.device == "cpu" else "auto")
+        return find_topology(nearest), str(error)
 
 
 def join(topology: Topology) -> None:
@@ -64,6 +63,7 @@ def join(topology: Topology) -> None:
 def main(argv: list[str]) -> int:
     folder, asked, launch, *arguments = argv
     config, began = parse(arguments), time.monotonic()
+    transformers.logging.set_verbosity_error()  # the findings say it all
     topology, refused = nearest_topology(config)
     join(topology)
     findings: list[Finding] = []

@@ -1,30 +1,69 @@
 """The frame around the checks: all ranks walk through the same list together, and none waits for one that has failed.
 
-A check is a function of the `Context` that returns findings. What it raises becomes its FAIL line, and checks that build
+A check is a function of the `Context` that returns `Finding`s. What it raises becomes its FAIL line, and checks that build
 on it are left out. All that ranks tell each other goes through `Context.gather`, which carries failures too: a rank that
 fails in mid-check says so in place of its next answer.
 """
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from pipeline.config import TrainConfig
-from pipeline.doctor.findings import Finding, from_error
 from pipeline.errors import explain
 from pipeline.model import build_model
 from pipeline.run import training_sampler
 from pipeline.sampler import GlobalBatchSampler
 from pipeline.topology import BatchPlan, Topology
+
+Level = Literal["ok", "warn", "FAIL", "skip"]  # skip: could not be looked at, because of a FAIL elsewhere
+
+
+@dataclass(frozen=True)
+class Finding:
+    what: str
+    found: str
+    expected: str
+    level: Level = "ok"
+    next: str = ""  # the next step of the person who reads it
+
+    def __str__(self) -> str:
+        start = f"{self.level:<6}{self.what:<16}{self.found}"
+        if self.level == "ok":
+            return f"{start} (expected: {self.expected})"
+        return start + "".join(f"\n{'':<24}{word}: {text}" for word, text in (("expected", self.expected), ("next", self.next)) if text)
+
+
+def judge(what: str, found: str, expected: str, good: bool, next: str, bad: Level = "FAIL") -> Finding:
+    """A finding that is ok where `good` holds, else `bad` with its next step."""
+    return Finding(what, found, expected) if good else Finding(what, found, expected, bad, next)
+
+
+def from_error(what: str, text: str, expected: str = "no error") -> Finding:
+    """A FAIL out of an error's line; our own errors say first what is wrong, then what to do."""
+    found, _, advice = " ".join(text.split()).partition(". ")
+    return Finding(what, found.rstrip("."), expected, "FAIL", advice or "Put that right, then run the doctor again.")
+
+
+def verdict(findings: Sequence[Finding]) -> str:
+    failed, warned, skipped = (sum(f.level == level for f in findings) for level in ("FAIL", "warn", "skip"))
+    if failed:
+        return f"{failed} FAILED, {warned} warning(s), {skipped} not looked at. Mend the first FAIL, then look again."
+    return f"All is well: {len(findings)} looked at, {warned} warning(s)."
+
+
+def gib(amount: float) -> str:
+    return f"{amount / 2**30:.3g} GiB"
 
 
 class RankFailed(Exception):
@@ -85,14 +124,14 @@ def attempt(context: Context, name: str, check: Callable[[Context], list[Finding
         return [Finding(name, f"not looked at: it builds on {' and '.join(missing)}, see above", "", "skip")]
     try:
         try:
-            mine = check(context)
+            with contextlib.redirect_stdout(None):  # the findings say it all
+                mine = check(context)
         except RankFailed:
             raise
         except Exception as error:
             if "--debug" in sys.argv:
                 traceback.print_exception(error)
-            words = " ".join(str(error).split("\n", 1)[0].split()) or "no message"
-            context.gather(RankFailed(explain(error) or f"{type(error).__name__}: {words}"))
+            context.gather(RankFailed(explain(error) or f"{type(error).__name__}: {error}".split("\n")[0]))
             raise
         shown, *others = context.gather(mine)
     except RankFailed as failed:
