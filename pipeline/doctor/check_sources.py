@@ -21,23 +21,25 @@ MEND = "Check the network, HF_ENDPOINT and HF_HUB_OFFLINE; or a local Hub (`make
 
 
 def hub(context: Context) -> list[Finding]:
-    """Rank 0 asks the Hub, without writing: is it there, and may the token write to `hub_repo`? Raises UserError where not."""
+    """Rank 0 asks the Hub, without writing: is it there, and may the token write to `hub_repo`? Raises UserError where it may not."""
     if context.topology.rank != 0:
         return []
     config, found, good, began = context.config, "not needed: model and data are here, nothing is published", True, time.monotonic()
-    publishes, right = config.push_to_hub or config.hub_checkpoints, "not needed: push_to_hub and hub_checkpoints are off"
+    publishes = config.push_to_hub or config.hub_checkpoints
+    right = "not asked" if publishes else "not needed: push_to_hub and hub_checkpoints are off"
     if publishes or not all(Path(name).expanduser().exists() for name in (config.model, config.dataset)):
         try:
             status = get_session().get(f"{constants.ENDPOINT}/api/models", params={"limit": 1}, timeout=10).status_code
             found, good = f"{constants.ENDPOINT} answers {status} in {time.monotonic() - began:.1f} s", status < 500
         except Exception as error:  # whatever the client's HTTP library raises: the network, a name, a certificate
             found, good = f"{constants.ENDPOINT}: {type(error).__name__}", False
-    if publishes:
+    # For reading the cache may do; the next lines tell.
+    findings = [judge("Hub", found, "an answer within 10 s", good, MEND, "FAIL" if publishes else "warn")]
+    if publishes and good:
         # As a first run: with checkpoints to go on from, a Hub that cannot be asked would only be a warning.
         check_before_training(replace(config, push_to_hub=True, output_dir=None))
         right = f"the token may write to {config.hub_repo}; nothing was written"
-    # For reading the cache may do; the next lines tell.
-    return [judge("Hub", found, "an answer within 10 s", good, MEND, "warn"), Finding("right to write", right, "to be had when publishing")]
+    return [*findings, Finding("right to write", right, "to be had when publishing", "ok" if good or not publishes else "skip")]
 
 
 def model(context: Context) -> list[Finding]:

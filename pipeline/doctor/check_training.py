@@ -91,13 +91,15 @@ def gradient(context: Context) -> list[Finding]:
     place, n, accumulation = context.topology, context.plan.world_size, min(context.plan.accumulation, 2)
     per_device = max(1, min(context.plan.per_device, REFERENCE_ROWS // (n * accumulation)))
     small = BatchPlan(n * accumulation * per_device, n, accumulation, per_device)
+    alone = replace(small, world_size=1, accumulation=n * accumulation)
     model = context.build(replace(context.config, dropout=0.0)).train()
-    loss, reference = 0.0, torch.ones(1)
-    if place.rank == 0:
-        whole = context.sampler(BatchPlan(small.global_rows, 1, 1, small.global_rows), 0)
-        loss, reference = backward(context, model, [next(iter(whole))]), gradient_vector(model)
+
+    def first_step(plan: BatchPlan) -> list[list[int]]:
+        return list(itertools.islice(context.sampler(plan, place.rank), plan.accumulation))
+
+    loss, reference = (backward(context, model, first_step(alone)), gradient_vector(model)) if place.rank == 0 else (0.0, torch.ones(1))
     context.gather(None)  # whatever raises from here on raises on every rank: all have the same model and as many rows
-    mine, vector = by_trainer(context, model, list(itertools.islice(context.sampler(small, place.rank), accumulation)))
+    mine, vector = by_trainer(context, model, first_step(small))
     losses, norms = zip(*context.gather((mine, float(vector.norm()))), strict=True)
     if place.rank != 0:
         return []

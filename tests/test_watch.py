@@ -1,0 +1,70 @@
+"""Ranks that watch each other, without a training around it: who is named, and when nobody is."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from launching import ROOT
+
+# One rank: `beats` steps, then it sits still, or, for `busy` seconds, makes small moves as one that validates a larger share does, or,
+# for -`busy` seconds, waits for the others.
+RANK = """
+import sys, time
+from pathlib import Path
+from pipeline.watch import Watch
+folder, rank, beats, busy, seconds = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4]), float(sys.argv[5])
+with Watch(folder, rank, 3, seconds) as watch:
+    time.sleep(2)  # all are there
+    for step in range(beats):
+        watch.beat(f"step {step + 1}")
+        time.sleep(0.1)
+    end = time.monotonic() + busy
+    while time.monotonic() < end:
+        watch.tick()
+        time.sleep(0.1)
+    if busy <= 0:
+        time.sleep(-busy or 60)
+"""
+
+
+def ranks(folder: Path, beats: tuple[int, ...], busy: tuple[float, ...], seconds: float = 1.0) -> list[subprocess.CompletedProcess[str]]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "MASTER_ADDR": "here", "MASTER_PORT": "1"}
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK, str(folder), str(rank), str(beats[rank]), str(busy[rank]), str(seconds)],
+            env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        for rank in range(3)
+    ]  # fmt: skip
+    try:
+        return [subprocess.CompletedProcess(p.args, 0, *p.communicate(timeout=40)) if p.wait(40) == 0 else _failed(p) for p in running]
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
+
+
+def _failed(process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.CompletedProcess(process.args, process.returncode, *process.communicate(timeout=10))
+
+
+def test_the_one_furthest_behind_is_named_by_one_rank(tmp_path: Path) -> None:
+    """Its process lives, its main thread does not go on: a data loader that waits for ever, say."""
+    done = ranks(tmp_path, beats=(9, 6, 9), busy=(0, 0, 0))
+    assert [p.returncode for p in done] == [70, 70, 70]
+    lines = [line for p in done for line in p.stderr.splitlines() if line.startswith("error")]
+    assert len(lines) == 1 and "All ranks wait for one that hangs (rank 1 on" in lines[0] and "at: step 6" in lines[0], lines
+
+
+def test_ranks_that_wait_for_a_busy_one_are_not_hung(tmp_path: Path) -> None:
+    done = ranks(tmp_path, beats=(6, 6, 6), busy=(5, -4, -4))
+    assert [p.returncode for p in done] == [0, 0, 0], [p.stderr for p in done]
+    assert not (tmp_path / ".watch").exists(), "the last to leave cleans up"
+
+
+def test_zero_seconds_switch_it_off(tmp_path: Path) -> None:
+    done = ranks(tmp_path, beats=(6, 6, 6), busy=(3, 4, 5), seconds=0)
+    assert [p.returncode for p in done] == [0, 0, 0]
