@@ -76,9 +76,8 @@ def predict_logits(
     """Logits of this rank's share of the rows; `tick` is called after each batch.
 
     Returns:
-        row numbers `(share,)` and float32 (of a float64 model: float64) logits `(share, classes)`, in the same order; both empty for a rank without
-        a share. Leaves the model in
-        evaluation mode and no random number drawn.
+        row numbers `(share,)` and float32 logits `(share, classes)` (float64 of a float64 model), in the same order; both
+        empty for a rank without a share. Leaves the model in evaluation mode and no random number drawn.
     """
     model.eval()
     numbers: list[int] = []

@@ -193,19 +193,8 @@ class Recorder:
 
     # -- state in a checkpoint ------------------------------------------------------------------------------------
 
-    _KEPT = (
-        "step",
-        "history",
-        "epochs",
-        "best",
-        "worse_in_a_row",
-        "finished",
-        "step_seconds",
-        "train_seconds",
-        "pauses",
-        "sessions",
-        "_mark",
-    )
+    _KEPT = ("step", "history", "epochs", "best", "worse_in_a_row", "finished", "step_seconds", "train_seconds", "pauses", "sessions",
+             "_mark")  # fmt: skip
 
     def state(self) -> dict[str, Any]:
         """What a resumed run needs, for a checkpoint's manifest (call inside `pause`)."""

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list, gather, gather_object
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
@@ -45,13 +45,12 @@ class TextTrainer(Trainer):
     """Trainer with this project's order of the data, loss, exact evaluation and whole checkpoints."""
 
     def __init__(
-        self, config: TrainConfig, prepared: Prepared, sampler: GlobalBatchSampler, recorder: Recorder, keeper: Keeper | None, watch: Watch,
-        **kwargs: Any,
+        self, config: TrainConfig, prepared: Prepared, sampler: GlobalBatchSampler, recorder: Recorder, keeper: Keeper | None,
+        stopper: Stopper, watch: Watch, **kwargs: Any,
     ) -> None:  # fmt: skip
         super().__init__(train_dataset=prepared.train, eval_dataset=prepared.validation, **kwargs)
         self.config, self.prepared, self.sampler, self.recorder = config, prepared, sampler, recorder
-        self.keeper, self.watch, self.stopping = keeper, watch, False
-        self.stopper = Stopper(lambda values: self.accelerator.gather(torch.tensor([values], device=self.args.device)).amax(0).tolist())
+        self.keeper, self.stopper, self.watch, self.stopping = keeper, stopper, watch, False
         self.class_weights = None if prepared.class_weights is None else prepared.class_weights.to(self.args.device)
         if self.accelerator.ddp_handler is not None:  # [DDP 5] not among TrainingArguments
             self.accelerator.ddp_handler.gradient_as_bucket_view = True
@@ -248,6 +247,7 @@ def main(config: TrainConfig) -> None:
 
 def run(config: TrainConfig, topology: Topology, plan: BatchPlan, state: PartialState) -> Outcome:
     """One rank's whole work that needs the others."""
+    stopper = Stopper(lambda values: gather(torch.tensor([values], device=topology.torch_device)).amax(0).tolist())
     # [DDP 3] Rank 0 (of each machine) first, the others then read the cache it filled.
     with state.local_main_process_first():
         prepared = prepare(config, topology, plan)
@@ -261,11 +261,11 @@ def run(config: TrainConfig, topology: Topology, plan: BatchPlan, state: Partial
         recorder.load(checkpoint.read_manifest(resume)["recorder"])
     with Watch(Path(config.output_dir or ""), topology.rank, topology.world_size, config.hang_seconds) as watch:
         arguments = training_arguments(config, topology, plan, recorder)
-        trainer = TextTrainer(config, prepared, sampler, recorder, keeper, watch, model=model, args=arguments)
+        trainer = TextTrainer(config, prepared, sampler, recorder, keeper, stopper, watch, model=model, args=arguments)
         announce("Trainer + Accelerate", config, topology, plan, prepared, recorder)
         seed_dropout(config, topology)
         try:
-            with trainer.stopper.held():
+            with stopper.held():
                 if recorder.owes_evaluation:
                     trainer._load_from_checkpoint(str(resume))
                     trainer.evaluate()
