@@ -113,7 +113,7 @@ def _hand_to_children(number: int, _: Any) -> None:
         child.send_signal(number)
 
 
-def _take_restarts(arguments: list[str]) -> int:
+def take_restarts(arguments: list[str]) -> int:
     """Take `--max_restarts N`, the launchers' option, out of the entry's arguments."""
     for i, argument in enumerate(arguments):
         if argument.split("=")[0] in ("--max_restarts", "--max-restarts"):
@@ -131,7 +131,7 @@ def main(argv: list[str]) -> int:
         raise UserError(f"'{given}' is no launch target; allowed is {', '.join(KINDS)}.{nearest(given, KINDS)}")
     # Parsed here already: a mistake in it needs no launcher to be found.
     kind, *arguments = argv
-    restarts = _take_restarts(arguments)
+    restarts = take_restarts(arguments)
     config = parse(arguments, f"python -m pipeline.launch {kind}")
     import torch
 

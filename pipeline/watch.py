@@ -61,7 +61,7 @@ class Watch:
         self._mine = Note(host=socket.gethostname(), pid=os.getpid())
         self._peers: dict[int, Note] = {}
         self._longest = 0.0
-        self._end = threading.Event()
+        self._end, self._writing = threading.Event(), threading.Lock()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
 
     def __enter__(self) -> Watch:
@@ -90,7 +90,11 @@ class Watch:
     def beat(self, doing: str, slow: bool = False) -> None:
         """All ranks say this at the same places: this one goes on, and does this next; `slow` for what may rightly take long."""
         self.tick()
-        self._mine.place, self._mine.doing, self._mine.slow = self._mine.place + 1, doing, slow
+        changed, mine = slow != self._mine.slow, self._mine
+        mine.place, mine.doing, mine.slow = mine.place + 1, doing, slow
+        if changed and self.world_size > 1:  # at once: nobody is to wait long for a rank whose last note says that it is slow
+            with contextlib.suppress(OSError):
+                self._write()
 
     def tick(self) -> None:
         """This rank moves, within what it was doing."""
@@ -118,10 +122,10 @@ class Watch:
         mine = self._mine
         note = {"launch": self._launch, "place": mine.place, "moves": mine.moves, "pulse": mine.pulse, "doing": mine.doing,
                 "slow": mine.slow, "host": mine.host, "pid": mine.pid}  # fmt: skip
-        path = self._path(self.rank)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(note), encoding="utf-8")
-        temporary.replace(path)
+        with self._writing:
+            temporary = self._path(self.rank).with_suffix(".tmp")
+            temporary.write_text(json.dumps(note), encoding="utf-8")
+            temporary.replace(self._path(self.rank))
 
     def _read(self) -> None:
         now = time.monotonic()

@@ -12,7 +12,7 @@ import pytest
 from launching import ROOT
 
 from pipeline.config import FIELDS, parse
-from pipeline.launch import KINDS
+from pipeline.launch import KINDS, take_restarts
 
 # Imports go one way: a module may import those of its own level and below.
 LEVELS = [
@@ -97,7 +97,9 @@ def test_readme_commands_are_understood(line: str) -> None:
         assert all(f"$({name})" in makefile for name, _ in variables)
         options = dict(variables)
         if words[1] in KINDS:
-            parse([options.get("CONFIG", "configs/ag_news.yaml"), *shlex.split(options.get("ARGS", ""))])
+            arguments = [options.get("CONFIG", "configs/ag_news.yaml"), *shlex.split(options.get("ARGS", ""))]
+            take_restarts(arguments)  # the launchers' option, not the entries'
+            parse(arguments)
     for module in ("pipeline.train", "pipeline.train_ddp"):
         if module in words and "--help" not in words:
             parse(words[words.index(module) + 1 :])

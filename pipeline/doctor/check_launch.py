@@ -15,7 +15,7 @@ from accelerate import PartialState
 
 from pipeline.doctor.frame import Context, Finding, Level, from_error, gib, judge
 from pipeline.record import surroundings
-from pipeline.topology import cpu_computes_bf16, plan_batches
+from pipeline.topology import plan_batches
 
 # Weights, gradients and AdamW's two moments, each the size of the weights: 16 bytes a parameter in fp32
 # (Rajbhandari et al., ZeRO, arXiv:1910.02054, section 3.1). Activations come on top; "longest batch" measures them.
@@ -29,10 +29,7 @@ def world_size(context: Context) -> list[Finding]:
     """Processes counted, not believed: each rank answers, and Accelerate says how many it sees."""
     seen = context.gather(PartialState(cpu=context.topology.device == "cpu").num_processes)
     found = f"{len(seen)} rank{'s' * (len(seen) > 1)}, of which Accelerate sees {' or '.join(map(str, sorted(set(seen))))}"
-    advice = (
-        "Each process would train a model of its own. Several on the CPU: `distributed_type: MULTI_GPU` with `use_cpu: true`, as in "
-        "configs/accelerate/cpu2.yaml (MULTI_CPU starts one), and --device cpu where there are GPUs."
-    )
+    advice = "Several on the CPU: MULTI_GPU with use_cpu, as in cpu2.yaml (MULTI_CPU starts one), and --device cpu where there are GPUs."
     good = set(seen) == {len(seen)} == {context.asked}
     return [judge("world size", found, f"{context.asked}, num_processes of {context.launch}", good, advice)]
 
@@ -47,11 +44,7 @@ def devices(context: Context) -> list[Finding]:
     good = list(kinds) == [f"{name}, {backend}, {place.precision}"]
     findings = [judge("device", found, f"device {config.device}, {backend}, equal on all ranks", good, advice)]
     if context.refused:
-        asked = f"device {config.device}, precision {config.precision} as configured"
-        findings.append(from_error("configured", context.refused, asked))
-    if (place.device, place.precision) == ("cpu", "bf16") and not cpu_computes_bf16():
-        advice = "This CPU emulates bf16, slower than fp32: use --precision fp32, or auto."
-        findings.append(Finding("bf16", "emulated", "bf16 instructions", "warn", advice))
+        findings.append(from_error("configured", context.refused, f"device {config.device}, precision {config.precision}"))
     told = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if told not in ("no", place.precision):
         advice = f"Put mixed_precision: 'no' into {context.launch}: Accelerate would take it where the raw script takes --precision."

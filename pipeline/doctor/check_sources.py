@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,13 +23,13 @@ def hub(context: Context) -> list[Finding]:
     """Rank 0 asks the Hub, without writing: is it there, and may the token write to `hub_repo`? Raises UserError where it may not."""
     if context.topology.rank != 0:
         return []
-    config, found, good, began = context.config, "not needed: model and data are here, nothing is published", True, time.monotonic()
+    config, found, good = context.config, "not needed: model and data are here, nothing is published", True
     publishes = config.push_to_hub or config.hub_checkpoints
     right = "not asked" if publishes else "not needed: push_to_hub and hub_checkpoints are off"
     if publishes or not all(Path(name).expanduser().exists() for name in (config.model, config.dataset)):
         try:
             status = get_session().get(f"{constants.ENDPOINT}/api/models", params={"limit": 1}, timeout=10).status_code
-            found, good = f"{constants.ENDPOINT} answers {status} in {time.monotonic() - began:.1f} s", status < 500
+            found, good = f"{constants.ENDPOINT} answers {status}", status < 500
         except Exception as error:  # whatever the client's HTTP library raises: the network, a name, a certificate
             found, good = f"{constants.ENDPOINT}: {type(error).__name__}", False
     # For reading the cache may do; the next lines tell.
@@ -76,15 +75,13 @@ def texts(context: Context) -> list[Finding]:
 
 def repeats(loaded: TextData) -> list[Finding]:
     """Texts that stand in the data more than once, as pipeline.data counted them."""
-    counts, see = loaded.repeats, "`python -m pipeline.data CONFIG` shows one. "
-    share = counts["leaked"] / loaded.provenance["rows"]["test"]
-    again = see + "Remove them, or keep them knowingly: each counts as often as it stands there."
-    found = f"{counts['leaked']:,} test rows ({share:.1%})"
+    n, share = loaded.repeats, loaded.repeats["leaked"] / len(loaded.test)
+    see, leaked = "`python -m pipeline.data CONFIG` shows one. ", f"{n['leaked']:,} test rows ({share:.1%})"
+    twice = f"{n['duplicates']:,} rows of train, {n['contradictions']:,} texts with several labels"
+    advice = see + "Remove them, or keep them knowingly (each counts as often as it stands there), and give each text one label."
     return [
-        judge("duplicates", f"{counts['duplicates']:,} rows of train", "none", not counts["duplicates"], again, "warn"),
-        judge("contradictions", f"{counts['contradictions']:,} texts with several labels", "none", not counts["contradictions"],
-              see + "Decide on one label for each of them.", "warn"),
-        judge("test in train", found, f"none; up to {MOST_LEAKED:.0%} is a warning", not counts["leaked"],
+        judge("duplicates", twice, "none", not (n["duplicates"] or n["contradictions"]), advice, "warn"),
+        judge("test in train", leaked, f"none; up to {MOST_LEAKED:.0%} is a warning", not n["leaked"],
               see + "Remove them from train or from test.", "FAIL" if share > MOST_LEAKED else "warn"),
     ]  # fmt: skip
 

@@ -9,13 +9,14 @@ import os
 import sys
 import time
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 import transformers
 
-from pipeline.config import TrainConfig, parse
+from pipeline.config import parse
 from pipeline.doctor import check_launch, check_sources, check_training
 from pipeline.doctor.frame import Context, Finding, attempt, verdict
 from pipeline.errors import UserError, run_entry
@@ -23,8 +24,7 @@ from pipeline.topology import Topology, find_topology
 from pipeline.watch import Watch
 
 PATIENCE = 5  # times hang_seconds: a check can take longer than a step
-SLOW = ("Hub", "model", "dataset")  # where other ranks may rightly wait long, for a download
-RUN = ("batch", "model", "dataset")  # what it takes to build what the run would train
+RUN = ("batch", "model", "dataset")  # what it takes to build what the run would train; for a download ranks may rightly wait long
 
 # Name, function, and the names of the checks it builds on.
 CHECKS = [
@@ -44,33 +44,30 @@ CHECKS = [
 ]
 
 
-def nearest_topology(config: TrainConfig) -> tuple[Topology, str | None]:
-    """The configured topology; or, and why, the nearest that this machine has. Raises UserError where it has none."""
-    try:
-        return find_topology(config), None
-    except UserError as error:
-        nearest = replace(config, precision="auto", device="cpu" if config.device == "cpu" else "auto")
-        return find_topology(nearest), str(error)
-
-
 def join(topology: Topology) -> None:
     """The process group of the launcher's environment; a process that talks to nobody becomes a group of one."""
     device_id = topology.torch_device if topology.device == "cuda" else None
     alone: dict[str, Any] = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    dist.init_process_group("nccl" if device_id else "gloo", device_id=device_id, **alone)
+    # Long, for rank 0 may have to download while the others wait; the watch sees who hangs.
+    dist.init_process_group("nccl" if device_id else "gloo", timeout=timedelta(hours=1), device_id=device_id, **alone)
 
 
 def main(argv: list[str]) -> int:
     folder, asked, launch, *arguments = argv
     config, began = parse(arguments), time.monotonic()
     transformers.logging.set_verbosity_error()  # the findings say it all
-    topology, refused = nearest_topology(config)
+    refused = None
+    try:
+        topology = find_topology(config)
+    except UserError as error:  # examine the nearest that this machine has
+        refused = str(error)
+        topology = find_topology(replace(config, precision="auto", device="cpu" if config.device == "cpu" else "auto"))
     join(topology)
     findings: list[Finding] = []
     with Watch(Path(folder), topology.rank, topology.world_size, PATIENCE * config.hang_seconds) as watch:
         context = Context(config, topology, Path(folder), int(asked), launch, refused, watch.tick)
         for name, check, needs in CHECKS:
-            watch.beat(name, slow=name in SLOW)
+            watch.beat(name, slow=name in RUN)
             findings += (found := attempt(context, name, check, needs))
             if topology.rank == 0:
                 print(*found, sep="\n", flush=True)

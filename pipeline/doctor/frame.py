@@ -137,7 +137,8 @@ def attempt(context: Context, name: str, check: Callable[[Context], list[Finding
     except RankFailed as failed:
         return [from_error(name, str(failed))]
     for rank, findings in enumerate(others, start=1):
-        news = [finding for finding in findings if finding.level != "ok" and finding.found not in {known.found for known in shown}]
+        told = {(finding.level, finding.found) for finding in shown}
+        news = [finding for finding in findings if finding.level != "ok" and (finding.level, finding.found) not in told]
         shown += [replace(finding, what=f"{finding.what}, rank {rank}") for finding in news]
     context.done.add(name)
     return shown
