@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import statistics
@@ -133,11 +134,17 @@ def ratio(figures: Sequence[float], base: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(rounds), "lowest": min(rounds), "highest": max(rounds)}
 
 
+@functools.cache
+def provenance() -> dict[str, Any]:
+    """When, where and with what code. Called before anything is measured: files may be edited while it is."""
+    return {"date": datetime.now(UTC).isoformat(timespec="seconds"), "provenance": surroundings()}
+
+
 def write_results(name: str, results: Mapping[str, Any]) -> Path:
-    """Write results/<name>.json with where, when and with what code it was measured."""
+    """Write results/<name>.json with its provenance."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    write_json(path, {"format": 1, "date": datetime.now(UTC).isoformat(timespec="seconds"), "provenance": surroundings(), **results})
+    write_json(path, {"format": 1, **provenance(), **results})
     return path
 
 

@@ -31,7 +31,7 @@ from typing import Any
 import psutil
 from tqdm.auto import tqdm
 
-from benchmarks.common import ROOT, Launch, provenance_lines, run_all, write_results
+from benchmarks.common import ROOT, Launch, provenance, provenance_lines, run_all, write_results
 from pipeline.assets import fetch
 from pipeline.checkpoint import MANIFEST, candidates, step_of, whole
 from pipeline.errors import UserError, run_entry
@@ -256,6 +256,7 @@ def main(argv: list[str]) -> int:
     arguments = parser.parse_args(argv)
     if arguments.kills < len(arguments.entries):
         raise UserError(f"--kills is {arguments.kills}: allowed is at least {len(arguments.entries)}, one for each entry.")
+    provenance()
     assets = fetch()
     with tempfile.TemporaryDirectory(prefix="crash-test-") as folder:
         work = Path(folder)

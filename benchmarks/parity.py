@@ -16,6 +16,7 @@ import math
 import shutil
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -26,14 +27,13 @@ from typing import Any
 import pyarrow.parquet as pq
 from safetensors.torch import load_file
 
-from benchmarks.common import ROOT, Launch, run_all, write_results
+from benchmarks.common import ROOT, Launch, provenance, run_all, write_results
 from benchmarks.parity_page import SCORES, number, page, table
 from benchmarks.parting import default_tolerance, first_parting, read
 from pipeline.assets import fetch
 from pipeline.errors import run_entry
 
 PAGE = ROOT / "benchmarks" / "parity.md"
-WORK = Path("outputs/parity")
 GLOBAL_BATCH, STEPS, TEST_ROWS = 16, 12, 101  # 101 is prime: no number of processes or batch size divides it
 SCORES_BOUND = 1e-9
 
@@ -252,10 +252,11 @@ def main(argv: list[str]) -> int:
     if given.compare:
         return compare(given.compare[0], given.compare[1], given.tolerance)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through `finally`, so that no run is left behind
-    shutil.rmtree(WORK, ignore_errors=True)
+    provenance()
+    work = Path(tempfile.mkdtemp(prefix="parity-"))  # kept where a bound is broken
     cases = QUICK if given.quick else ALL
     assets = fetch()
-    results = measure(cases, cases[:2], shared_options(assets.encoder, assets.r8, WORK / "data"), WORK)
+    results = measure(cases, cases[:2], shared_options(assets.encoder, assets.r8, work / "data"), work)
     if not given.quick:
         path = write_results("parity", results)
         PAGE.write_text(page(json.loads(path.read_text(encoding="utf-8"))), encoding="utf-8")
@@ -263,13 +264,13 @@ def main(argv: list[str]) -> int:
     print(f"Evaluation apart by at most {number(max(results['evaluation']['apart'].values()))}, each example counted once: "
           f"{'yes' if results['evaluation']['each_once'] else 'NO'}.")  # fmt: skip
     if not holds(results):
-        print(f"A bound is broken. The runs and their traces are in {WORK}.", file=sys.stderr)
+        print(f"A bound is broken. The runs and their traces are in {work}.", file=sys.stderr)
         return 1
     print(
         f"All bounds hold, {results['seconds']} s."
         + ("" if given.quick else f" Written: {PAGE.relative_to(ROOT)} and results/parity.json beside it.")
     )
-    shutil.rmtree(WORK)
+    shutil.rmtree(work)
     return 0
 
 

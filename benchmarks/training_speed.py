@@ -24,7 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import ROOT, Launch, interleave, provenance_lines, ratio, run_all, write_results
+from benchmarks.common import ROOT, Launch, interleave, provenance, provenance_lines, ratio, run_all, write_results
 from pipeline.assets import fetch
 from pipeline.errors import UserError, run_entry
 from pipeline.topology import cpu_computes_bf16
@@ -42,6 +42,7 @@ def main(argv: list[str]) -> int:
     arguments = parser.parse_args(argv)
     if arguments.rounds < 1:
         raise UserError(f"--rounds is {arguments.rounds}: allowed is 1 or more.")
+    provenance()
     model = arguments.model or str(fetch().encoder)
     with tempfile.TemporaryDirectory(prefix="training-speed-") as folder:
         results = measure(model, arguments.dataset, arguments.rounds, Path(folder))

@@ -22,6 +22,7 @@ from pipeline.config import TrainConfig
 from pipeline.errors import UserError
 
 MANIFEST = "manifest.json"
+ANEW = ".begun-anew"  # which launcher began the run with `--resume none`
 
 # What may differ between the run that wrote a checkpoint and the one that goes on from it: where it runs and what it
 # tells, not what it learns. (Rows per device and the number of processes may change: the global batch does not.)
@@ -165,18 +166,25 @@ def find_resume(config: TrainConfig, entry: str, identity: Mapping[str, Any]) ->
             checkpoints that are whole, but all of another configuration.
     """
     assert config.output_dir is not None
-    # A launcher that starts the workers again after a failure goes on, whatever was asked at first.
-    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-    if config.resume == "none" and not again:
+    if config.resume == "none" and not _begun_anew(config.output_dir):
         moved = set_aside(config.output_dir)
         if moved:
             print(f"The earlier run in {config.output_dir} is kept as {moved}.")
+        Path(config.output_dir).mkdir(parents=True, exist_ok=True)
+        (Path(config.output_dir) / ANEW).write_text(str(os.getppid()), encoding="utf-8")
         return None
     search = _newest_of_this_run if config.resume in ("auto", "none") else _named
     folder = search(config, entry, identity)
-    if folder:
-        _leave_behind(config.output_dir, step_of(folder))
+    # Also when none is good: what is damaged must not pass for newer than what is about to be written.
+    _leave_behind(config.output_dir, step_of(folder) if folder else 0)
     return folder
+
+
+def _begun_anew(output_dir: str) -> bool:
+    """Whether this very launch has begun anew already: its launcher has started the workers again after a failure."""
+    mark = Path(output_dir) / ANEW
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    return restarted and mark.is_file() and mark.read_text(encoding="utf-8") == str(os.getppid())
 
 
 KEPT = "Give another --output_dir, or --resume none to start anew (the earlier run is kept beside it)"

@@ -51,8 +51,9 @@ class Published:
 def check_before_training(config: TrainConfig, api: HfApi | None = None) -> None:
     """Where the run is to write to the Hub: is there a token, and may it write to `hub_repo`? Asked before hours are spent; writes nothing.
 
-    A Hub that cannot be asked now is a warning for a run that has a checkpoint to go on from, or only backs up its
-    checkpoints: it may be back before it is needed. Raises UserError otherwise, and for a token or name that will not do.
+    For a run that has a checkpoint to go on from, whatever is wrong is a warning: it may be mended before it is needed, and
+    what is for the Hub is kept until then. Raises UserError otherwise; also for a Hub that cannot be asked whether it has
+    a checkpoint.
     """
     if not (config.push_to_hub or config.hub_checkpoints):
         return
@@ -63,15 +64,22 @@ def check_before_training(config: TrainConfig, api: HfApi | None = None) -> None
     limit_waiting(CHECK_SECONDS)
     try:
         check_write_access(config.hub_repo, api)
-    except UserError:
-        raise
     except Exception as error:
-        line = advice_line(error, api, config.hub_repo)
+        refused = isinstance(error, UserError)
+        line = str(error) if refused else advice_line(error, api, config.hub_repo)
         if line is None:
             raise
-        if config.push_to_hub and not (config.output_dir and whole(config.output_dir)):
-            raise UserError(f"{line} Train without --push_to_hub and publish later with `python -m pipeline.hub`.") from error
-        print(f"warning: {line} Training goes on; what is for the Hub is kept here until it can be reached.", flush=True)
+        begun = bool(config.output_dir and whole(config.output_dir))
+        if not begun and config.push_to_hub:
+            raise UserError(
+                line if refused else f"{line} Train without --push_to_hub and publish later with `python -m pipeline.hub`."
+            ) from error
+        if not begun and (refused or config.resume == "auto"):
+            unknown = (
+                " Whether the Hub has a checkpoint to go on from is not known: run it again later, or with --resume none to start anew."
+            )
+            raise UserError(line if refused else line + unknown) from error
+        print(f"warning: {line} Training goes on; what is for the Hub is kept here until then.", flush=True)
     finally:
         limit_waiting()
 

@@ -20,7 +20,7 @@ import sys
 from typing import Any
 
 from pipeline.config import parse
-from pipeline.errors import EXIT_HUNG, EXIT_INTERRUPTED, EXIT_STOPPED, EXIT_USER_ERROR, UserError, nearest, run_entry
+from pipeline.errors import EXIT_HUNG, EXIT_INTERRUPTED, EXIT_PEER_LOST, EXIT_STOPPED, EXIT_USER_ERROR, UserError, nearest, run_entry
 
 KINDS = ("train", "train-ddp", "train-raw-ddp")
 
@@ -88,11 +88,16 @@ def _verdict(codes: dict[int, int]) -> int:
                 file=sys.stderr,
             )
             return 128 - code
+    # A rank that failed alone has the others ended by SIGTERM, which they answer with 75: that is no reason to try again.
+    own = [code for code in codes.values() if code > 0 and code not in (EXIT_STOPPED, EXIT_PEER_LOST)]
+    if own:
+        return own[0]
     if EXIT_STOPPED in codes.values():
         if 0 not in codes:  # rank 0 has no chance to say it when another one, asked alone, leaves first
             print("\nStopped by SIGTERM. Complete checkpoints are kept: run the same command again to go on.", file=sys.stderr)
         return EXIT_STOPPED
-    return next((code for code in codes.values() if code > 0), 128 + signal.SIGTERM)
+    # Ended by SIGTERM before they could hear it: nothing was there to be saved.
+    return next((code for code in codes.values() if code > 0), EXIT_STOPPED)
 
 
 def _accelerate_launch(arguments: list[str]) -> None:
@@ -132,6 +137,10 @@ def main(argv: list[str]) -> int:
     # Parsed here already: a mistake in it needs no launcher to be found.
     kind, *arguments = argv
     restarts = take_restarts(arguments)
+    if restarts and kind == "train":
+        raise UserError(
+            "--max_restarts needs a launch of several processes: Accelerate starts a single one without a watch over it. Use train-ddp."
+        )
     config = parse(arguments, f"python -m pipeline.launch {kind}")
     import torch
 

@@ -15,6 +15,7 @@ import shlex
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -52,6 +53,7 @@ class Recorder:
         self.total_steps = config.max_steps if config.max_steps > 0 else math.ceil(config.epochs * steps_per_epoch)
         self.evaluation_steps = evaluation_steps(steps_per_epoch, self.total_steps, config.evals_per_epoch)
         self.speaks = topology.rank == 0
+        self.run_id = uuid.uuid4().hex  # of all sessions of one run; another after `--resume none`
         self.step = 0
         self.history: list[dict[str, float]] = []  # one entry per logged training loss
         self.epochs: list[dict[str, float]] = []  # one entry per evaluation
@@ -193,7 +195,7 @@ class Recorder:
 
     # -- state in a checkpoint ------------------------------------------------------------------------------------
 
-    _KEPT = ("step", "history", "epochs", "best", "worse_in_a_row", "finished", "step_seconds", "train_seconds", "pauses", "sessions",
+    _KEPT = ("run_id", "step", "history", "epochs", "best", "worse_in_a_row", "finished", "step_seconds", "train_seconds", "pauses", "sessions",
              "_mark")  # fmt: skip
 
     def state(self) -> dict[str, Any]:

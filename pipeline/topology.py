@@ -157,7 +157,7 @@ def _leave_old_rendezvous(rank: int) -> None:
 
     old = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
     if rank == 0:
-        with socket.create_server((os.environ["MASTER_ADDR"], 0)) as free:
+        with socket.create_server(("", 0)) as free:
             old.set(f"distrinews/attempt-{attempt}", str(free.getsockname()[1]))
     os.environ["MASTER_PORT"] = old.get(f"distrinews/attempt-{attempt}").decode()
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"  # rank 0 hosts the store

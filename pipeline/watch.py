@@ -27,8 +27,8 @@ from pipeline.errors import EXIT_HUNG, PeerLost
 from pipeline.stopping import Stopped
 
 PULSE_SECONDS = 1.0
-START_SECONDS = 300.0  # before the first steps are known: kernels are compiled, caches filled
-SLOW_SECONDS = 1500.0  # for work that is slow by nature, such as a checkpoint to a network disk
+START_SECONDS = 120.0  # before the first steps are known: kernels are compiled, caches filled
+SLOW_SECONDS = 300.0  # for work that is slow by nature, such as a checkpoint to a network disk
 
 
 @dataclass
@@ -99,14 +99,21 @@ class Watch:
     def tick(self) -> None:
         """This rank moves, within what it was doing."""
         mine, now = self._mine, time.monotonic()
-        if mine.place > 2 and not mine.slow:
+        # What exceeds all patience was no step: the process itself was suspended, or its machine.
+        if mine.place > 2 and not mine.slow and now - mine.moved < self._patience():
             self._longest = max(self._longest, now - mine.moved)
         mine.moves, mine.moved = mine.moves + 1, now
 
     # -- the thread -----------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
+        looked = time.monotonic()
         while not self._end.wait(PULSE_SECONDS):
+            now = time.monotonic()
+            if now - looked > 5 * PULSE_SECONDS:  # we were suspended, and the others perhaps with us: all begin afresh
+                for note in (self._mine, *self._peers.values()):
+                    note.moved = note.pulsed = now
+            looked = now
             with contextlib.suppress(OSError):  # a full disk must not end the watch
                 self._mine.pulse += 1
                 self._write()

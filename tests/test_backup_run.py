@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ import pytest
 from huggingface_hub import HfApi
 from launching import ROOT, alive, family, launch, started
 
-from pipeline.checkpoint import whole
+from pipeline.checkpoint import step_of, whole
+from pipeline.local_hub.faults import Fault
 from pipeline.local_hub.process import HubProcess
 
 SETTINGS = """
@@ -43,6 +45,10 @@ def workshop(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path, r8_
     folder = tmp_path_factory.mktemp("backup")
     (folder / "run.yaml").write_text(SETTINGS.format(model=tiny_model_dir, data=r8_dir), encoding="utf-8")
     return folder
+
+
+FAULTS = [Fault("status", status=429, retry_after=1), Fault("status", status=500), Fault("status", status=503), Fault("refuse"),
+          Fault("cut", method="PUT"), Fault("stall")]  # fmt: skip
 
 
 def arguments(workshop: Path, repository: str, *options: str) -> list[str]:
@@ -91,17 +97,26 @@ def test_a_machine_is_lost_and_an_empty_one_goes_on(workshop: Path, local_hub: A
 
 
 @pytest.mark.timeout(400)
-def test_a_hub_that_vanishes_costs_nothing(workshop: Path, tmp_path: Path) -> None:
+def test_a_hub_that_misbehaves_costs_nothing(workshop: Path, tmp_path: Path) -> None:
     shutil.rmtree(workshop / "run", ignore_errors=True)
-    with HubProcess(tmp_path / "hub") as hub:
+    with HubProcess(tmp_path / "hub", faults=True) as hub:
         repository, environment = f"{hub.user}/gone", dict(hub.env)
         with started(arguments(workshop, repository), **environment) as process:
             deadline = time.monotonic() + 200
             while not whole(workshop / "run"):
                 assert process.poll() is None and time.monotonic() < deadline, process.communicate()
                 time.sleep(0.05)
+            troubles = [*(partial(hub.fault, fault) for fault in FAULTS), hub.revoke]
+            for trouble in troubles:  # one after another, each met by the push of another checkpoint
+                trouble()
+                newest = step_of(whole(workshop / "run")[-1])
+                while step_of(whole(workshop / "run")[-1]) == newest:
+                    assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+                    time.sleep(0.05)
+            hub.heal()
             hub.vanish()
             out, err = process.communicate(timeout=250)
+            hub.restore()
         assert process.returncode == 0, err
         assert record(workshop)["steps"] == 672
         unpushed = next(line for line in out.splitlines() if "is not on the Hub" in line)

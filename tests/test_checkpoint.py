@@ -86,10 +86,25 @@ def test_a_checkpoint_needs_its_best_one(config: TrainConfig, capsys: pytest.Cap
     assert "checkpoint-9 is not used: the best one, checkpoint-5, is damaged (model.safetensors has changed" in capsys.readouterr().err
 
 
-def test_a_restarted_launch_goes_on_though_it_was_told_to_start_anew(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = make(config, 5)
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert find(replace(config, resume="none")) == folder
+def test_a_restarted_launch_begins_anew_once(config: TrainConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    make(config, 5)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # the first attempt died before it came so far
+    assert find(replace(config, resume="none")) is None
+    assert checkpoint.defect(tmp_path / "run.1" / "checkpoint-5") is None
+    mine = make(config, 3)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
+    assert find(replace(config, resume="none")) == mine, "of this launch"
+    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT")
+    assert find(replace(config, resume="none")) is None, "another launch"
+
+
+def test_when_all_are_damaged_the_new_ones_are_kept(config: TrainConfig) -> None:
+    for step in (50, 75, 100):
+        (make(config, step) / "model.safetensors").write_bytes(b"")
+    assert find(config) is None
+    fresh = make(config, 25)
+    checkpoint.rotate(config.output_dir or "", keep=2)
+    assert find(config) == fresh
 
 
 def test_a_validation_is_added_to_a_whole_checkpoint(config: TrainConfig) -> None:

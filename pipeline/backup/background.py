@@ -10,6 +10,7 @@ import contextlib
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -186,3 +187,5 @@ class Backup:
         except subprocess.TimeoutExpired:
             child.kill()
             child.wait()
+        for left in self.run.glob(".push-*"):  # its links would hold the disk space of checkpoints that are removed
+            shutil.rmtree(left, ignore_errors=True)

@@ -164,7 +164,8 @@ def _to_be_kept(api: HfApi, repo: str, head: str, there: int, files: Files, step
 def _line(manifest: Mapping[str, Any]) -> tuple[Any, ...]:
     """What two checkpoints of one run have in common."""
     free = checkpoint.FREE_FIELDS | checkpoint.NAMES
-    return manifest["entry"], manifest["identity"], {name: value for name, value in manifest["config"].items() if name not in free}
+    run_id = manifest["recorder"].get("run_id")
+    return manifest["entry"], manifest["identity"], run_id, {name: value for name, value in manifest["config"].items() if name not in free}
 
 
 def _keep(api: HfApi, repo: str, branch: str, heads: Mapping[str, str], head: str, say: Say) -> None:

@@ -59,7 +59,9 @@ def verdict(findings: Sequence[Finding]) -> str:
     failed, warned, skipped = (sum(f.level == level for f in findings) for level in ("FAIL", "warn", "skip"))
     if failed:
         return f"{failed} FAILED, {warned} warning(s), {skipped} not looked at. Mend the first FAIL, then look again."
-    return f"All is well: {len(findings)} looked at, {warned} warning(s)."
+    if warned:
+        return f"Nothing FAILED; {warned} warning(s) to know of, {len(findings)} looked at."
+    return f"All is well: {len(findings)} looked at."
 
 
 def gib(amount: float) -> str:
