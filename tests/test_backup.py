@@ -555,13 +555,30 @@ def test_the_hub_is_asked_before_a_training(hub: HubProcess, api: HfApi, run: Pa
         check_before_training(config, HfApi(endpoint=hub.url, token="hf_wrong"))
     hub.fault(Fault("status", status=503))
     releasing = replace(config, push_to_hub=True)
-    check_before_training(config, api)
+    with pytest.raises(UserError, match="to go on from is not known.*--resume none"):
+        check_before_training(config, api)
+    check_before_training(replace(config, resume="none"), api)
     assert capsys.readouterr().out.startswith("warning: The Hub at")
     with pytest.raises(UserError, match="Train without --push_to_hub"):
         check_before_training(releasing, api)
     make(run, 50)  # there is something to go on from: a Hub that is ill for a moment must not keep it from going on
     check_before_training(releasing, api)
     assert "Training goes on" in capsys.readouterr().out
+    hub.heal()
+    check_before_training(config, HfApi(endpoint=hub.url, token="hf_revoked"))
+    assert "does not know this token" in capsys.readouterr().out
+
+
+def test_a_run_begun_anew_is_not_replaced_by_the_one_it_left(hub: HubProcess, api: HfApi, run: Path) -> None:
+    """The earlier run is further on the Hub; the new one, whose push has not arrived yet, goes on from its own checkpoint."""
+    config = TrainConfig(output_dir=str(run), hub_checkpoints=True, hub_repo=f"local/anew-{uuid.uuid4().hex[:8]}")
+    make(run, 90)
+    push(run, config.hub_repo or "", api=api)
+    shutil.rmtree(run / "checkpoint-90")
+    own = make(run, 10)
+    checkpoint.amend(own, {"step": 10, "best": None, "run_id": "another"})
+    restore(config)
+    assert [p.name for p in checkpoint.whole(run)] == ["checkpoint-10"]
 
 
 # -- main -------------------------------------------------------------------------------------------------------------

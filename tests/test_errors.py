@@ -246,3 +246,29 @@ def test_a_model_in_the_cache_serves_when_the_hub_is_away(tiny_model_dir: Path, 
         done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120, check=False)
         assert done.returncode == 0, done.stderr
         assert commit in done.stdout and words in done.stdout, done.stdout
+
+
+@pytest.mark.parametrize(
+    ("codes", "verdict"),
+    [
+        ({0: 75, 1: 75}, 75),  # asked to stop, together
+        ({0: 75, 1: -15}, 75),
+        ({0: -15}, 75),  # before it could hear the signal
+        ({0: 75, 1: 1}, 1),  # rank 1 has a defect; the launcher then ended rank 0, which only says that it was told to
+        ({0: 69, 1: 75}, 75),
+        ({0: 75, 1: 2}, 2),
+        ({0: 130, 1: -15}, 130),
+        ({0: 70, 1: -9}, 70),
+        ({0: 75, 1: -9}, 137),
+        ({0: 69, 1: -9}, 137),
+    ],
+)
+def test_the_launchers_verdict(codes: dict[int, int], verdict: int) -> None:
+    from pipeline.launch import _verdict
+
+    assert _verdict(codes) == verdict
+
+
+def test_restarts_need_several_processes() -> None:
+    done = launch(["train", "configs/ag_news.yaml", "--max_restarts", "2"])
+    assert done.returncode == 2 and "Use train-ddp" in done.stderr
