@@ -555,7 +555,7 @@ def test_the_hub_is_asked_before_a_training(hub: HubProcess, api: HfApi, run: Pa
         check_before_training(config, HfApi(endpoint=hub.url, token="hf_wrong"))
     hub.fault(Fault("status", status=503))
     releasing = replace(config, push_to_hub=True)
-    with pytest.raises(UserError, match="to go on from is not known.*--resume none"):
+    with pytest.raises(UserError, match=r"to go on from is not known.*--resume none"):
         check_before_training(config, api)
     check_before_training(replace(config, resume="none"), api)
     assert capsys.readouterr().out.startswith("warning: The Hub at")
