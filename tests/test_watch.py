@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from launching import ROOT
@@ -30,7 +32,9 @@ with Watch(folder, rank, 3, seconds) as watch:
 """
 
 
-def ranks(folder: Path, beats: tuple[int, ...], busy: tuple[float, ...], seconds: float = 1.0) -> list[subprocess.CompletedProcess[str]]:
+def ranks(
+    folder: Path, beats: tuple[int, ...], busy: tuple[float, ...], seconds: float = 1.0, suspended: float = 0
+) -> list[subprocess.CompletedProcess[str]]:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "MASTER_ADDR": "here", "MASTER_PORT": "1"}
     running = [
         subprocess.Popen(
@@ -40,6 +44,12 @@ def ranks(folder: Path, beats: tuple[int, ...], busy: tuple[float, ...], seconds
         for rank in range(3)
     ]  # fmt: skip
     try:
+        if suspended:  # all of them, as a terminal, a container or a scheduler does it
+            time.sleep(5)
+            for number, pause in ((signal.SIGSTOP, suspended), (signal.SIGCONT, 0)):
+                for process in running:
+                    process.send_signal(number)
+                time.sleep(pause)
         return [subprocess.CompletedProcess(p.args, 0, *p.communicate(timeout=40)) if p.wait(40) == 0 else _failed(p) for p in running]
     finally:
         for process in running:
@@ -63,6 +73,11 @@ def test_ranks_that_wait_for_a_busy_one_are_not_hung(tmp_path: Path) -> None:
     done = ranks(tmp_path, beats=(6, 6, 6), busy=(5, -4, -4))
     assert [p.returncode for p in done] == [0, 0, 0], [p.stderr for p in done]
     assert not (tmp_path / ".watch").exists(), "the last to leave cleans up"
+
+
+def test_a_suspended_job_is_not_hung(tmp_path: Path) -> None:
+    done = ranks(tmp_path, beats=(6, 6, 6), busy=(14, 14, 14), seconds=2, suspended=8)
+    assert [p.returncode for p in done] == [0, 0, 0], [p.stderr for p in done]
 
 
 def test_zero_seconds_switch_it_off(tmp_path: Path) -> None:
