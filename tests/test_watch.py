@@ -17,7 +17,8 @@ RANK = """
 import sys, time
 from pathlib import Path
 from pipeline.watch import Watch
-folder, rank, beats, busy, seconds = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4]), float(sys.argv[5])
+folder, rank, beats = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+busy, seconds, move = (float(word) for word in sys.argv[4:])
 with Watch(folder, rank, 3, seconds) as watch:
     time.sleep(2)  # all are there
     for step in range(beats):
@@ -26,19 +27,19 @@ with Watch(folder, rank, 3, seconds) as watch:
     end = time.monotonic() + busy
     while time.monotonic() < end:
         watch.tick()
-        time.sleep(0.1)
+        time.sleep(move)
     if busy <= 0:
         time.sleep(-busy or 60)
 """
 
 
 def ranks(
-    folder: Path, beats: tuple[int, ...], busy: tuple[float, ...], seconds: float = 1.0, suspended: float = 0
+    folder: Path, beats: tuple[int, ...], busy: tuple[float, ...], seconds: float = 1.0, suspended: float = 0, move: float = 0.1
 ) -> list[subprocess.CompletedProcess[str]]:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "MASTER_ADDR": "here", "MASTER_PORT": "1"}
     running = [
         subprocess.Popen(
-            [sys.executable, "-c", RANK, str(folder), str(rank), str(beats[rank]), str(busy[rank]), str(seconds)],
+            [sys.executable, "-c", RANK, str(folder), str(rank), str(beats[rank]), str(busy[rank]), str(seconds), str(move)],
             env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )
         for rank in range(3)
@@ -76,7 +77,7 @@ def test_ranks_that_wait_for_a_busy_one_are_not_hung(tmp_path: Path) -> None:
 
 
 def test_a_suspended_job_is_not_hung(tmp_path: Path) -> None:
-    done = ranks(tmp_path, beats=(6, 6, 6), busy=(14, 14, 14), seconds=2, suspended=8)
+    done = ranks(tmp_path, beats=(6, 6, 6), busy=(22, 22, 22), seconds=3, suspended=14, move=1.5)
     assert [p.returncode for p in done] == [0, 0, 0], [p.stderr for p in done]
 
 
