@@ -161,7 +161,7 @@ class Watch:
         now, patience = time.monotonic(), self._patience()
         if not self.seconds or not self._peers or now - max(note.moved for note in notes.values()) < patience:
             return {}
-        silent = {rank: note for rank, note in self._peers.items() if now - note.pulsed > patience / 2}
+        silent = {rank: note for rank, note in self._peers.items() if now - note.pulsed > max(patience / 2, 5 * PULSE_SECONDS)}
         least = min(note.place for note in notes.values())
         return silent or {rank: note for rank, note in notes.items() if note.place == least}
 

@@ -23,6 +23,14 @@ for name in ("HF_TOKEN", "HF_ENDPOINT", "HF_HUB_OFFLINE", "HUGGING_FACE_HUB_TOKE
     os.environ.pop(name, None)
 
 
+# Files of launched runs, the longest first: begun last, one of them would keep a single core busy at the end.
+LONG = ("test_training", "test_stopping", "test_crash", "test_backup_run", "test_doctor_launched", "test_parity", "test_backup")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def hf_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The empty Hugging Face home of this test run and of its child processes."""

@@ -184,7 +184,7 @@ def test_what_only_the_second_rank_meets_is_told_by_it(texts: Path, tiny_model_d
         "begin = checkpoint.begin\n"
         "def begin_and_block(folder):\n"
         "    begin(folder)\n"
-        "    (folder / 'rng_state_1.pt').symlink_to('/dev/full')\n"
+        "    (folder / 'rank-1.safetensors').symlink_to('/dev/full')\n"
         "checkpoint.begin = begin_and_block\n"
         "sys.exit(run_entry(train_ddp.entry))\n",
         encoding="utf-8",

@@ -20,7 +20,9 @@ from pipeline.watch import Watch
 folder, rank, beats = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 busy, seconds, move = (float(word) for word in sys.argv[4:])
 with Watch(folder, rank, 3, seconds) as watch:
-    time.sleep(2)  # all are there
+    while len(list((folder / ".watch").glob("rank-*.json"))) < 3:
+        time.sleep(0.05)
+    time.sleep(2)  # all have seen all
     for step in range(beats):
         watch.beat(f"step {step + 1}")
         time.sleep(0.1)
@@ -34,7 +36,7 @@ with Watch(folder, rank, 3, seconds) as watch:
 
 
 def ranks(
-    folder: Path, beats: tuple[int, ...], busy: tuple[float, ...], seconds: float = 1.0, suspended: float = 0, move: float = 0.1
+    folder: Path, beats: tuple[int, ...], busy: tuple[float, ...], seconds: float = 4, suspended: float = 0, move: float = 0.1
 ) -> list[subprocess.CompletedProcess[str]]:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "MASTER_ADDR": "here", "MASTER_PORT": "1"}
     running = [
@@ -71,7 +73,7 @@ def test_the_one_furthest_behind_is_named_by_one_rank(tmp_path: Path) -> None:
 
 
 def test_ranks_that_wait_for_a_busy_one_are_not_hung(tmp_path: Path) -> None:
-    done = ranks(tmp_path, beats=(6, 6, 6), busy=(5, -4, -4))
+    done = ranks(tmp_path, beats=(6, 6, 6), busy=(10, -8, -8))
     assert [p.returncode for p in done] == [0, 0, 0], [p.stderr for p in done]
     assert not (tmp_path / ".watch").exists(), "the last to leave cleans up"
 
