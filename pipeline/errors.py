@@ -153,8 +153,9 @@ def tell(error: BaseException) -> None:
         return
     if "--debug" in sys.argv:
         traceback.print_exception(error)
-    who = f" (rank {rank})" if rank else ""
-    print(f"error{who}: {' '.join(text.split())}", file=sys.stderr, flush=True)
+    # Another rank's progress bar may stand on the line.
+    who, line = (f" (rank {rank})", "\n") if rank else ("", "")
+    print(f"{line}error{who}: {' '.join(text.split())}", file=sys.stderr, flush=True)
 
 
 def run_entry(main: Callable[[list[str]], int | None], *, interrupted: str = "Interrupted.") -> int:

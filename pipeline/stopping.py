@@ -29,7 +29,8 @@ class Stopped(SystemExit):
 
     def __init__(self, kept: str = "Complete checkpoints are kept") -> None:
         super().__init__(EXIT_STOPPED)
-        if os.environ.get("RANK", "0") == "0":
+        # While an error is on its way out the launcher is only clearing up, and the error is what is to be read.
+        if os.environ.get("RANK", "0") == "0" and sys.exc_info()[1] is None:
             print(f"\nStopped by SIGTERM. {kept}: run the same command again to go on.", file=sys.stderr, flush=True)
 
 

@@ -175,17 +175,18 @@ def test_a_disk_that_fills_up_in_a_checkpoint_of_two_processes(small_disk: Path,
 
 def test_what_only_the_second_rank_meets_is_told_by_it(texts: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
     """Rank 1 cannot write its random state; rank 0 only sees its peer go and lets it speak."""
-    (tmp_path / "run" / "checkpoint-2").mkdir(parents=True)
     script = tmp_path / "one_full_disk.py"
     script.write_text(
-        "import os, pathlib, sys\n"
-        "from pipeline import checkpoint, train_ddp\n"
+        "import pathlib, sys\n"
+        "from pipeline import train_ddp\n"
         "from pipeline.errors import run_entry\n"
-        "begin = checkpoint.begin\n"
-        "def begin_and_block(folder):\n"
-        "    begin(folder)\n"
-        "    (folder / 'rank-1.safetensors').symlink_to('/dev/full')\n"
-        "checkpoint.begin = begin_and_block\n"
+        "from pipeline.state import TrainingState\n"
+        "save = TrainingState.save_rank\n"
+        "def save_rank(self, folder, rank):\n"
+        "    if rank == 1:\n"
+        "        pathlib.Path('/dev/full').write_bytes(bytes(10**6))\n"
+        "    save(self, folder, rank)\n"
+        "TrainingState.save_rank = save_rank\n"
         "sys.exit(run_entry(train_ddp.entry))\n",
         encoding="utf-8",
     )
