@@ -197,7 +197,7 @@ def _newest_of_this_run(config: TrainConfig, entry: str, identity: Mapping[str, 
         if reason is None:
             manifest = read_manifest(folder)
             _refuse_another_run(folder, manifest, config, entry, identity)
-            if changes := _changes(manifest["config"], config, set(config.to_dict()) - FREE_FIELDS - NAMES):
+            if changes := _changes(manifest["config"], config, FREE_FIELDS | NAMES):
                 reason = f"it has another configuration ({changes})"
                 others.append(changes)
         if reason is None:
@@ -220,7 +220,7 @@ def _named(config: TrainConfig, entry: str, identity: Mapping[str, Any]) -> Path
         raise UserError(f"{folder} cannot be resumed: {reason}. Choose another, or --resume auto for the newest whole one.")
     manifest = read_manifest(folder)
     _refuse_another_run(folder, manifest, config, entry, identity)
-    if changes := _changes(manifest["config"], config, set(config.to_dict()) - FREE_FIELDS - NAMES):
+    if changes := _changes(manifest["config"], config, FREE_FIELDS | NAMES):
         raise UserError(f"{folder} belongs to a run with another configuration ({changes}). {KEPT}, or the old values to go on.")
     return folder
 
@@ -245,9 +245,9 @@ def unusable(folder: Path) -> str | None:
     return None
 
 
-def _changes(then: Mapping[str, Any], config: TrainConfig, fields: set[str]) -> str:
+def _changes(then: Mapping[str, Any], config: TrainConfig, free: set[str]) -> str:
     now = config.to_dict()
-    return ", ".join(f"{name} {then.get(name)} -> {now[name]}" for name in now if name in fields and then.get(name) != now[name])
+    return ", ".join(f"{name} {then.get(name)} -> {now[name]}" for name in now if name not in free and then.get(name) != now[name])
 
 
 def _refuse_another_run(folder: Path, manifest: Mapping[str, Any], config: TrainConfig, entry: str, identity: Mapping[str, Any]) -> None:
@@ -256,7 +256,7 @@ def _refuse_another_run(folder: Path, manifest: Mapping[str, Any], config: Train
         raise UserError(f"{folder} was written by the {manifest['entry']} entry, this is the {entry} one. {KEPT}.")
     different = [name for name in identity if manifest["identity"].get(name) != identity[name]]
     if different:
-        changes = _changes(manifest["config"], config, set(config.to_dict()) - FREE_FIELDS)
+        changes = _changes(manifest["config"], config, FREE_FIELDS)
         what = " and ".join(different)
         raise UserError(
             f"{folder} was trained with another {what} ({changes or f'the names are the same, the contents of {what} have changed'}). "

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterable, Iterator
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import RepositoryNotFoundError
 
-from pipeline.checkpoint import MANIFEST
+from pipeline.checkpoint import FREE_FIELDS, MANIFEST, NAMES, read_json
 from pipeline.errors import UserError
 from pipeline.hub_access import advice_line, check_write_access, limit_waiting
 
@@ -58,6 +60,18 @@ def branches(api: HfApi, repo: str) -> dict[str, str]:
 def newest_step(paths: Iterable[str]) -> int | None:
     found = (re.fullmatch(rf"checkpoint-(\d+)/{re.escape(MANIFEST)}", path) for path in paths)
     return max((int(match[1]) for match in found if match), default=None)
+
+
+def manifest_at(api: HfApi, repo: str, commit: str, step: int) -> dict[str, Any]:
+    """The manifest of a checkpoint on the Hub."""
+    with tempfile.TemporaryDirectory() as folder:
+        return read_json(Path(api.hf_hub_download(repo, f"checkpoint-{step}/{MANIFEST}", revision=commit, local_dir=folder)))
+
+
+def line_of(manifest: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What all checkpoints of one run have in common, and those of no other: `--resume none` begins another."""
+    learns = {name: value for name, value in manifest["config"].items() if name not in FREE_FIELDS | NAMES}
+    return manifest["entry"], manifest["identity"], manifest["recorder"].get("run_id"), learns
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from pathlib import Path
 from huggingface_hub import HfApi
 
 from pipeline import checkpoint
-from pipeline.backup.branch import RemoteCheckpoint, find, plain
+from pipeline.backup.branch import RemoteCheckpoint, find, line_of, manifest_at, plain
 from pipeline.config import TrainConfig
 from pipeline.errors import UserError
 from pipeline.hub_access import limit_waiting
@@ -64,14 +64,8 @@ def _suspect(folder: Path) -> str | None:
     return f"its manifest does not name {sorted(unnamed)[0]}" if unnamed else None
 
 
-def _same_run(here: Path, remote: RemoteCheckpoint) -> bool:
-    """Whether the Hub's checkpoint is a later one of the run that lies here, and not of one that `--resume none` has left."""
-    with tempfile.TemporaryDirectory() as folder:
-        manifest = HfApi().hf_hub_download(
-            remote.repo, f"checkpoint-{remote.step}/{checkpoint.MANIFEST}", revision=remote.commit, local_dir=folder
-        )
-        theirs = checkpoint.read_json(Path(manifest))["recorder"].get("run_id")
-    return theirs == checkpoint.read_manifest(here)["recorder"].get("run_id")
+def _continues(here: Path, remote: RemoteCheckpoint) -> bool:
+    return line_of(manifest_at(HfApi(), remote.repo, remote.commit, remote.step)) == line_of(checkpoint.read_manifest(here))
 
 
 def restore(config: TrainConfig, say: Say = print) -> None:
@@ -86,7 +80,8 @@ def restore(config: TrainConfig, say: Say = print) -> None:
     here = next((folder for folder in reversed(checkpoint.candidates(config.output_dir)) if checkpoint.unusable(folder) is None), None)
     try:
         remote = find(config.output_dir, config.hub_repo)
-        if remote and (here is None or (checkpoint.step_of(here) < remote.step and _same_run(here, remote))):
+        # A later checkpoint of the run that lies here, and not of one that `--resume none` has left.
+        if remote and (here is None or (checkpoint.step_of(here) < remote.step and _continues(here, remote))):
             folder = pull(remote, config.output_dir, say=say)
             say(f"pulled      {folder.name} from {remote.repo}, branch {remote.branch}")
     except Exception as error:

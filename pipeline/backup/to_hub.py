@@ -10,13 +10,12 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, RepoFile
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
 from pipeline import checkpoint
-from pipeline.backup.branch import branch_of, branches, newest_step, plain
+from pipeline.backup.branch import branch_of, branches, line_of, manifest_at, newest_step, plain
 from pipeline.errors import UserError
 from pipeline.hub_access import advice_line, check_write_access, limit_waiting, require_private, same_content
 
@@ -80,27 +79,25 @@ def _take(run: Path, folder: Path) -> tuple[dict[str, tuple[Path, str | None]], 
     for newest in reversed(checkpoint.whole(run)):
         files: dict[str, tuple[Path, str | None]] = {}
         try:
-            manifest = _link(newest, folder, files)
-            best = manifest["recorder"].get("best")
-            if best and best["step"] != manifest["step"]:
-                _link(checkpoint.checkpoint_folder(run, best["step"]), folder, files)
-            return files, checkpoint.step_of(newest)
+            _link(newest, folder, files)
+            step, best = checkpoint.step_of(newest), checkpoint.best_of(folder / newest.name)
+            if best is not None and best != step:
+                _link(checkpoint.checkpoint_folder(run, best), folder, files)
+            return files, step
         except FileNotFoundError:  # removed meanwhile: there is a newer one then, or the next older will do
             continue
     raise UserError(f"{run} holds no complete checkpoint to push: train first, or give another --run.")
 
 
-def _link(source: Path, folder: Path, files: dict[str, tuple[Path, str | None]]) -> dict[str, Any]:
-    """Link a checkpoint's files under `folder` and add them to `files`; returns its manifest."""
+def _link(source: Path, folder: Path, files: dict[str, tuple[Path, str | None]]) -> None:
+    """Link a checkpoint's files under `folder` and add them to `files`."""
     target = folder / source.name
     target.mkdir(exist_ok=True)
     _link_file(source / checkpoint.MANIFEST, target)
-    manifest = checkpoint.read_manifest(target)
-    hashes = {name: facts["sha256"] for name, facts in manifest["files"].items()}
+    hashes = {name: facts["sha256"] for name, facts in checkpoint.read_manifest(target)["files"].items()}
     for name in hashes:
         _link_file(source / name, target)
     files |= {f"{source.name}/{name}": (target / name, hashes.get(name)) for name in [*hashes, checkpoint.MANIFEST]}
-    return manifest
 
 
 def _link_file(source: Path, target: Path) -> None:
@@ -152,20 +149,11 @@ def _to_be_kept(api: HfApi, repo: str, head: str, there: int, files: Files, step
     """Whether what the branch holds is no earlier state of this run: a later step, or a run that learns something else."""
     if there > step:
         return True
-    ours = files[f"checkpoint-{step}/{checkpoint.MANIFEST}"][0]
-    with tempfile.TemporaryDirectory(dir=ours.parent) as folder:
-        theirs = api.hf_hub_download(repo, f"checkpoint-{there}/{checkpoint.MANIFEST}", revision=head, local_dir=folder)
-        try:
-            return _line(checkpoint.read_json(Path(theirs))) != _line(checkpoint.read_json(ours))
-        except (ValueError, KeyError, AttributeError):  # unreadable: not ours to throw away
-            return True
-
-
-def _line(manifest: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What two checkpoints of one run have in common."""
-    free = checkpoint.FREE_FIELDS | checkpoint.NAMES
-    run_id = manifest["recorder"].get("run_id")
-    return manifest["entry"], manifest["identity"], run_id, {name: value for name, value in manifest["config"].items() if name not in free}
+    ours = checkpoint.read_json(files[f"checkpoint-{step}/{checkpoint.MANIFEST}"][0])
+    try:
+        return line_of(manifest_at(api, repo, head, there)) != line_of(ours)
+    except (ValueError, KeyError, AttributeError):  # unreadable: not ours to throw away
+        return True
 
 
 def _keep(api: HfApi, repo: str, branch: str, heads: Mapping[str, str], head: str, say: Say) -> None:
