@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,6 +17,33 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def environment(**extra: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "0", "PYTHONUNBUFFERED": "1", **extra}
+
+
+# Real texts, a tiny model, and no more than it takes to see something learnt.
+SHORT_RUN = """
+model: {model}
+dataset: {data}
+max_length: 48
+max_train_samples: 900
+global_batch_size: 16
+learning_rate: 5.0e-4
+precision: fp32
+device: cpu
+onnx: false
+"""
+
+
+def short_run(folder: Path, model: Path, data: Path, settings: str) -> None:
+    """Write `folder/run.yaml`: a short run, and further lines of settings."""
+    (folder / "run.yaml").write_text(SHORT_RUN.format(model=model, data=data) + settings, encoding="utf-8")
+
+
+def wait_until(process: subprocess.Popen[str], come: Callable[[], bool], seconds: float = 120, look: float = 0.01) -> None:
+    """Look until it has come; the process must be running all that time, and not for too long."""
+    deadline = time.monotonic() + seconds
+    while not come():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(look)
 
 
 def family(process: subprocess.Popen[str]) -> list[psutil.Process]:

@@ -16,26 +16,17 @@ from typing import Any
 import psutil
 import pytest
 from huggingface_hub import HfApi
-from launching import ROOT, alive, family, launch, started
+from launching import ROOT, alive, family, launch, short_run, started
 
 from pipeline.checkpoint import step_of, whole
 from pipeline.local_hub.faults import Fault
 from pipeline.local_hub.process import HubProcess
 
 SETTINGS = """
-model: {model}
-dataset: {data}
-max_length: 48
-max_train_samples: 900
 validation_share: 0.05
 epochs: 12
-global_batch_size: 16
-learning_rate: 5.0e-4
-precision: fp32
-device: cpu
 cpu_threads: 1
 checkpoint_steps: 50
-onnx: false
 hub_checkpoints: true
 """
 
@@ -43,7 +34,7 @@ hub_checkpoints: true
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path, r8_dir: Path) -> Path:
     folder = tmp_path_factory.mktemp("backup")
-    (folder / "run.yaml").write_text(SETTINGS.format(model=tiny_model_dir, data=r8_dir), encoding="utf-8")
+    short_run(folder, tiny_model_dir, r8_dir, SETTINGS)
     return folder
 
 

@@ -11,23 +11,14 @@ from typing import Any
 
 import psutil
 import pytest
-from launching import alive, error_lines, family, launch, started
+from launching import alive, error_lines, family, launch, short_run, started, wait_until
 
 SETTINGS = """
-model: {model}
-dataset: {data}
-max_length: 48
-max_train_samples: 900
 validation_share: 0.05
 epochs: 4
-global_batch_size: 16
-learning_rate: 5.0e-4
-precision: fp32
-device: cpu
 cpu_threads: 1
 checkpoint_steps: 25
 logging_steps: 10
-onnx: false
 hang_seconds: 8
 """
 
@@ -35,7 +26,7 @@ hang_seconds: 8
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path, r8_dir: Path) -> Path:
     folder = tmp_path_factory.mktemp("stopping")
-    (folder / "run.yaml").write_text(SETTINGS.format(model=tiny_model_dir, data=r8_dir), encoding="utf-8")
+    short_run(folder, tiny_model_dir, r8_dir, SETTINGS)
     return folder
 
 
@@ -81,10 +72,7 @@ def interrupt(
     """Launch, wait for the checkpoint of step `after` and a little, act; returns code, seconds until the end, and stderr."""
     folder = workshop / name
     with started(arguments(workshop, kind, name, *options)) as process:
-        deadline = time.monotonic() + 120
-        while not (folder / f"checkpoint-{after}" / "manifest.json").exists():
-            assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1]
-            time.sleep(0.01)
+        wait_until(process, lambda: (folder / f"checkpoint-{after}" / "manifest.json").exists())
         time.sleep(delay)
         members = family(process)
         act(process, workers(process))
@@ -160,10 +148,7 @@ def test_a_killed_rank_is_named_under_the_plain_launcher(workshop: Path) -> None
     folder = workshop / "plain"
     command = ["--nproc_per_node", "2", "-m", "pipeline.train_ddp", *arguments(workshop, "", "plain")[1:]]
     with started(command, module="torch.distributed.run") as process:
-        deadline = time.monotonic() + 120
-        while not (folder / "checkpoint-25" / "manifest.json").exists():
-            assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1]
-            time.sleep(0.01)
+        wait_until(process, lambda: (folder / "checkpoint-25" / "manifest.json").exists())
         time.sleep(1.5)  # a pulse of the watch
         workers(process)[0].kill()
         _, err = process.communicate(timeout=60)
@@ -189,10 +174,7 @@ def test_max_restarts_goes_on_by_itself(workshop: Path, whole: dict[str, Any]) -
     folder = workshop / "restarted"
     with started(arguments(workshop, "train-ddp", "restarted", "--max_restarts", "2", "--resume", "none")) as process:
         for step, rank in ((25, 1), (100, 0)):
-            deadline = time.monotonic() + 120
-            while not (folder / f"checkpoint-{step}" / "manifest.json").exists():
-                assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1]
-                time.sleep(0.01)
+            wait_until(process, lambda step=step: (folder / f"checkpoint-{step}" / "manifest.json").exists())
             workers(process)[rank].kill()
         _, err = process.communicate(timeout=120)
     assert process.returncode == 0, err

@@ -11,22 +11,13 @@ from typing import Any
 
 import psutil
 import pytest
-from launching import alive, family, launch, started
+from launching import alive, family, launch, short_run, started, wait_until
 
 SETTINGS = """
-model: {model}
-dataset: {data}
-max_length: 48
-max_train_samples: 900
 validation_share: 0.1
 epochs: 2
-global_batch_size: 16
-learning_rate: 5.0e-4
-precision: fp32
-device: cpu
 evals_per_epoch: 2
 logging_steps: 1
-onnx: false
 """
 
 
@@ -34,7 +25,7 @@ onnx: false
 def workshop(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path, r8_dir: Path) -> Path:
     """A folder with a configuration for real texts and a tiny model."""
     folder = tmp_path_factory.mktemp("workshop")
-    (folder / "run.yaml").write_text(SETTINGS.format(model=tiny_model_dir, data=r8_dir), encoding="utf-8")
+    short_run(folder, tiny_model_dir, r8_dir, SETTINGS)
     return folder
 
 
@@ -129,10 +120,7 @@ def test_ctrl_c_loses_nothing_and_the_same_command_goes_on(workshop: Path, raw2:
     folder = workshop / f"stopped-{kind}"
     arguments = [kind, str(workshop / "run.yaml"), "--output_dir", str(folder)]
     with started(arguments) as process:
-        deadline = time.monotonic() + 120
-        while not list(folder.glob("checkpoint-*/manifest.json")):
-            assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1]
-            time.sleep(0.01)
+        wait_until(process, lambda: list(folder.glob("checkpoint-*/manifest.json")))
         members = family(process)
         assert len(members) >= 3, "a launcher and two workers"
         process.send_signal(signal.SIGINT)
