@@ -4,12 +4,14 @@
     python -m serve --model path/to/release --port 0        # a folder, on a free port
 
 Prints `listening on http://HOST:PORT` once it answers, and logs when it is ready. Exit codes: 0 after SIGTERM or
-Ctrl-C (requests in flight are finished first), 2 for what the person who started it can put right, in one line.
+Ctrl-C (requests in flight are finished first), 2 for what the person who started it can put right, in one line, 70 for
+an engine that died or hung and could not be replaced: whoever started it should start it again.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import socket
 import sys
@@ -17,11 +19,16 @@ from collections.abc import Sequence
 
 import uvicorn
 
+from serve import logs
 from serve.app import create_app
 from serve.errors import UserError
+from serve.life import Fatal
 from serve.settings import Settings, parse
 
+log = logging.getLogger("serve")
+
 EXIT_USER_ERROR = 2
+EXIT_ENGINE = 70
 DRAIN_SECONDS = 8  # for requests in flight; whoever stops containers kills after 10 s
 
 
@@ -51,7 +58,9 @@ def bind(settings: Settings) -> socket.socket:
 def run(settings: Settings) -> None:
     """Serves until it is told to stop. Raises UserError, or whatever else kept the model from being loaded."""
     app = create_app(settings)
-    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=DRAIN_SECONDS, server_header=False)
+    config = uvicorn.Config(
+        app, log_config=None, log_level="warning", access_log=False, timeout_graceful_shutdown=DRAIN_SECONDS, server_header=False
+    )
     server = Server(config)
     app.state.service.on_failure = lambda: setattr(server, "should_exit", True)
     # uvicorn raises the signal again once it has stopped; with these handlers that is not a second death.
@@ -64,18 +73,17 @@ def run(settings: Settings) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    # Ours alone: the libraries' loggers have handlers of their own.
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    log = logging.getLogger("serve")
-    log.addHandler(handler)
-    log.setLevel(logging.INFO)
-    log.propagate = False
     try:
-        run(parse(sys.argv[1:] if argv is None else argv))
+        settings = parse(sys.argv[1:] if argv is None else argv)
+        logs.set_up(settings.log_format)
+        run(settings)
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         return EXIT_USER_ERROR
+    except Fatal as error:
+        log.critical("the service ends: %s", error)
+        logging.shutdown()
+        os._exit(EXIT_ENGINE)  # at once: an engine that hangs could hang what Python and the libraries do at their end, too
     return 0
 
 

@@ -1,58 +1,126 @@
-"""The HTTP side: routes, and one shape for every error.
+"""The HTTP side: routes, their documentation, and one shape for every error.
 
-POST /predict {"text": ...}         POST /predict/batch {"texts": [...]}
-GET  /health  /ready  /info  /metrics  /docs  and a page to try it at /
+POST /predict {"text": ...}   POST /predict/batch {"texts": [...]}   POST / {"inputs": ...} as the Hugging Face clients send it
+GET  /health  /ready  /info  /metrics  /docs  and a page to try it at /          POST /rollback, for operators
+
+With DISTRINEWS_API_KEYS set, the three predictions ask for one of them in X-API-Key; /rollback asks for
+DISTRINEWS_ADMIN_KEY; everything else stays open. An Authorization header is never looked at.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Coroutine
+import contextvars
+from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from fastapi import FastAPI, Request, Response
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi import FastAPI, Request, Response, Security
+from fastapi.responses import HTMLResponse
+from fastapi.security import APIKeyHeader
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.routing import Route
+from starlette.types import ASGIApp
 
+from serve.answers import defect, json_answer, predictions, refused, revision, scores
+from serve.direct import PredictionRoute, check_key, direct
 from serve.edge import Edge
 from serve.errors import Refusal
 from serve.info import info
 from serve.metrics import Metrics
-from serve.schemas import BatchAnswer, BatchRequest, ErrorAnswer, HealthAnswer, InfoAnswer, PredictAnswer, PredictRequest, ReadyAnswer
+from serve.schemas import (
+    BatchAnswer,
+    BatchRequest,
+    ErrorAnswer,
+    HealthAnswer,
+    InferenceRequest,
+    InfoAnswer,
+    LabelScore,
+    Parameters,
+    PredictAnswer,
+    PredictRequest,
+    ReadyAnswer,
+    RollbackAnswer,
+)
 from serve.service import Service
 from serve.settings import Settings
-from serve.validation import explain
-
-Result = TypeVar("Result")
 
 PAGE = Path(__file__).parent / "static" / "index.html"
-# The page may load nothing from elsewhere and talk to this service only; it may stand in a frame (Spaces show it in one).
+# The page may load nothing from elsewhere and talk to this service only; it may stand in a frame of the Hub (Spaces show it in one).
 PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; "
-    "img-src data:; base-uri 'none'; form-action 'none'",
-    "Referrer-Policy": "no-referrer",
+    "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'self' https://huggingface.co https://*.hf.space",
 }
-REFUSALS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorAnswer, "description": description}
-    for status, description in {
-        400: "The body is not JSON",
-        413: "The request is too large",
-        415: "The content type is not JSON",
-        422: "The request holds something that is not allowed; `error` says what",
-        429: "The queue is full; Retry-After says for how long",
-        503: "No model, or no answer in time",
-    }.items()
+_SHOWN = ["X-Model-Revision", "X-Request-ID", "Retry-After", "X-Error-Message"]  # to pages of other origins
+_KEY = [Security(APIKeyHeader(name="X-API-Key", auto_error=False))]  # documents it; `direct.check_key` checks it
+_REFUSALS = {
+    400: "The body is not JSON",
+    401: "The key is missing or wrong",
+    403: "This service has no key for operators",
+    408: "The body took too long to arrive",
+    409: "There is nothing to roll back to",
+    413: "The request is too large",
+    415: "The content type is not JSON in UTF-8",
+    422: "The request holds something that is not allowed; `message` says what",
+    429: "The queue is full; Retry-After says for how long",
+    500: "The service has a defect",
+    503: "No model, or no answer in time",
 }
+
+
+def _refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    return {status: {"model": ErrorAnswer, "description": _REFUSALS[status]} for status in statuses}
+
+
+class Application(FastAPI):
+    """FastAPI between the edge, which sees every answer, and the service."""
+
+    def __init__(self, service: Service, **options: Any) -> None:
+        # FastAPI can report requests, with what they hold, to OpenTelemetry; here /metrics and the log say enough.
+        super().__init__(telemetry={"tracing": False, "metrics": False, "logs": False}, **options)
+        self.service = self.state.service = service
+
+    def build_middleware_stack(self) -> ASGIApp:
+        settings = self.service.settings
+        routes = {route.path: route for route in self.routes if isinstance(route, PredictionRoute)}
+        app: ASGIApp = direct(routes, super().build_middleware_stack())
+        if origins := settings.origins():
+            allowed = ["Authorization", "Content-Type", "X-API-Key", "X-Request-ID"]
+            app = CORSMiddleware(app, origins, allow_methods=["GET", "POST"], allow_headers=allowed, expose_headers=_SHOWN)
+        return Edge(app, metrics=self.service.metrics, revision=lambda: _commit(self.service), access_log=settings.access_log)
+
+    def openapi(self) -> dict[str, Any]:
+        """With the headers that every answer can carry."""
+        if self.openapi_schema is None:
+            for operations in super().openapi()["paths"].values():
+                for operation in operations.values():
+                    for status, answer in operation["responses"].items():
+                        answer["headers"] = _headers(status)
+        return super().openapi()
+
+
+def _headers(status: str) -> dict[str, Any]:
+    text = {"type": "string"}
+    headers: dict[str, Any] = {
+        "X-Request-ID": {"description": "The caller's own, or a new one; it is in the log.", "required": True, "schema": text},
+        "X-Model-Revision": {"description": "The commit that serves; absent while none does.", "schema": text},
+    }
+    if status in ("429", "503"):
+        seconds = {"type": "integer", "minimum": 1}
+        headers["Retry-After"] = {"description": "Seconds after which trying again makes sense.", "schema": seconds}
+    if status == "401":
+        headers["WWW-Authenticate"] = {"description": "Names the header that takes the key.", "schema": text}
+    if status >= "400":
+        headers["X-Error-Message"] = {"description": "`message`, where the Hugging Face clients look for it.", "schema": text}
+    return headers
 
 
 def create_app(settings: Settings) -> FastAPI:
     """The application; its lifespan loads the model. `app.state.service` is the service behind it."""
-    metrics = Metrics()
-    service = Service(settings, metrics)
+    service = Service(settings, Metrics())
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -60,16 +128,16 @@ def create_app(settings: Settings) -> FastAPI:
         yield
         await service.stop()
 
-    app = FastAPI(
+    app = Application(
+        service,
         title="DistriNews",
         summary="Labels for texts, from a classifier on the Hugging Face Hub.",
-        description="Every answer carries `X-Model-Revision`, the commit that serves.",
+        description="Every answer carries `X-Request-ID` and `X-Model-Revision`, the commit that serves.",
         version="1",
         lifespan=lifespan,
     )
-    app.state.service = service
-    app.add_middleware(Edge, metrics=metrics, max_body_bytes=settings.max_body_bytes, revision=lambda: _commit(service))
-    _add_routes(app, service)
+    _add_predictions(app, service)
+    _add_operations(app, service)
     _add_errors(app)
     return app
 
@@ -78,26 +146,49 @@ def _commit(service: Service) -> str | None:
     return service.model.release.commit if service.model else None
 
 
-def _add_routes(app: FastAPI, service: Service) -> None:
-    settings, page = service.settings, PAGE.read_text(encoding="utf-8")
+def _add_predictions(app: FastAPI, service: Service) -> None:
+    settings = service.settings
+    refusals = _refusals(400, *([401] if settings.api_keys else []), 408, 413, 415, 422, 429, 500, 503)
+    documented: dict[str, Any] = {"responses": refusals, "tags": ["predict"], "dependencies": _KEY if settings.api_keys else []}
 
-    @app.post("/predict", responses=REFUSALS, tags=["predict"])
-    async def predict(body: PredictRequest, request: Request, response: Response) -> PredictAnswer:
+    async def predict(body: PredictRequest) -> Response:
         """The label of one text, with its calibrated confidence and the probability of every label."""
-        model, (prediction,) = await _unless_gone(request, service.predict([body.text], ["text"]))
-        response.headers["X-Model-Revision"] = model.release.commit
-        return PredictAnswer(model=model.release.model, revision=model.release.commit, **dict(prediction))
+        reply = await service.predict([body.text], ["text"], body.truncate)
+        (prediction,) = predictions(reply, body.top_k)
+        release = reply.model.release
+        return json_answer({**prediction, "model": release.model, "revision": release.commit}, headers=revision(reply))
 
-    @app.post("/predict/batch", responses=REFUSALS, tags=["predict"])
-    async def predict_batch(body: BatchRequest, request: Request, response: Response) -> BatchAnswer:
+    async def predict_batch(body: BatchRequest) -> Response:
         """The labels of several texts, in their order. A text gets the same answer alone and in any company."""
-        if len(body.texts) > settings.max_texts:
-            message = f"{len(body.texts)} texts were given; allowed are at most {settings.max_texts} in one request."
-            raise Refusal(422, "too_many_texts", message, field="texts")
-        fields = [f"texts[{number}]" for number in range(len(body.texts))]
-        model, predictions = await _unless_gone(request, service.predict(body.texts, fields))
-        response.headers["X-Model-Revision"] = model.release.commit
-        return BatchAnswer(predictions=predictions, model=model.release.model, revision=model.release.commit)
+        reply = await service.predict(body.texts, names("texts", len(body.texts)), body.truncate)
+        release = reply.model.release
+        answer = {"predictions": predictions(reply, body.top_k), "model": release.model, "revision": release.commit}
+        return json_answer(answer, headers=revision(reply))
+
+    async def infer(body: InferenceRequest) -> Response:
+        """The same in the Hugging Face shape, for `huggingface_hub.InferenceClient(...).text_classification`.
+
+        A list of scores for each text, the best first, also for a single text.
+        """
+        wanted = body.parameters or Parameters()
+        reply = await service.predict(body.inputs, names("inputs", len(body.inputs)), wanted.truncation is not False)
+        return json_answer(scores(reply, wanted.function_to_apply, wanted.top_k), headers=revision(reply))
+
+    def names(field: str, count: int) -> list[str]:
+        if count > settings.max_texts:
+            message = f"{count} texts were given; allowed are at most {settings.max_texts} in one request."
+            raise Refusal(422, "too_many_texts", message, field=field)
+        return [f"{field}[{number}]" for number in range(count)]
+
+    app.router.routes += [
+        PredictionRoute("/predict", predict, service, response_model=PredictAnswer, **documented),
+        PredictionRoute("/predict/batch", predict_batch, service, response_model=BatchAnswer, **documented),
+        PredictionRoute("/", infer, service, response_model=list[list[LabelScore]], **documented),
+    ]
+
+
+def _add_operations(app: FastAPI, service: Service) -> None:
+    settings, page = service.settings, PAGE.read_text(encoding="utf-8")
 
     @app.get("/health", tags=["operations"])
     async def health() -> HealthAnswer:
@@ -116,61 +207,46 @@ def _add_routes(app: FastAPI, service: Service) -> None:
         """What serves here: model, commit, engine, labels, proof, limits, versions."""
         return info(service)
 
-    @app.get("/metrics", response_class=Response, tags=["operations"])
+    @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}}, tags=["operations"])
     async def metrics() -> Response:
         """For Prometheus."""
         return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
-    @app.get("/", response_class=HTMLResponse, include_in_schema=False)
+    @app.post("/rollback", responses=_refusals(401, 403, 409, 500, 503), dependencies=_KEY, tags=["operations"])
+    async def rollback(request: Request) -> RollbackAnswer:
+        """Back to the commit that served before; the one that serves now is not taken again. Asks for the operators' key."""
+        if not settings.admin_key:
+            message = "This service has no key for operators; start it with one in the environment variable DISTRINEWS_ADMIN_KEY."
+            raise Refusal(403, "no_admin_key", message)
+        key = request.headers.get("X-API-Key")
+        check_key(None if key is None else key.encode("latin-1"), [settings.admin_key.encode()])
+        # In a context of its own: what it starts outlives this request and is not to be logged under its id.
+        return RollbackAnswer(revision=await asyncio.create_task(service.rollback(), context=contextvars.Context()))
+
+    @app.get("/", response_class=HTMLResponse, tags=["operations"])
     async def demo() -> HTMLResponse:
+        """The page to try it at."""
         return HTMLResponse(page, headers=PAGE_HEADERS)
-
-
-async def _unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
-    """The result of `work`; cancels it when the caller hangs up, so that no engine time is spent on nobody."""
-    task = asyncio.ensure_future(work)
-    watch = asyncio.ensure_future(_gone(request))
-    try:
-        await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
-        raise Refusal(499, "gone", "The caller hung up.")  # nobody reads this; it is counted
-    finally:
-        task.cancel()
-        watch.cancel()
-
-
-async def _gone(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
-def _error(status: int, code: str, message: str, field: str | None = None, headers: dict[str, str] | None = None) -> JSONResponse:
-    return JSONResponse({"code": code, "error": message, "field": field}, status, headers)
 
 
 def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(Refusal)
-    async def refused(_: Request, error: Refusal) -> JSONResponse:
-        headers = {"Retry-After": str(error.retry_after)} if error.retry_after else None
-        return _error(error.status, error.code, error.message, error.field, headers)
-
-    @app.exception_handler(RequestValidationError)
-    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        is_batch = request.url.path.endswith("/batch")
-        return _error(*explain(error.errors()[0], {"texts": ["...", "..."]} if is_batch else {"text": "..."}))
+    async def refusal(_: Request, error: Refusal) -> Response:
+        return refused(error)
 
     @app.exception_handler(HTTPException)
-    async def http(request: Request, error: HTTPException) -> JSONResponse:
-        sentences = {
-            400: "The body is not JSON that can be read.",
-            404: f"There is nothing at {request.url.path}; /docs lists what there is.",
-            405: f"{request.url.path} does not take {request.method}; /docs lists what there is.",
-        }
-        codes = {400: "not_json", 404: "not_found", 405: "method_not_allowed", 413: "too_large"}
-        message = sentences.get(error.status_code, str(error.detail))
-        return _error(error.status_code, codes.get(error.status_code, "error"), message, headers=dict(error.headers or {}))
+    async def http(request: Request, error: HTTPException) -> Response:
+        code, message = {
+            404: ("not_found", "There is nothing at this path; /docs lists what there is."),
+            405: ("method_not_allowed", "This path does not take this method; /docs lists what there is."),
+        }.get(error.status_code, ("error", str(error.detail)))
+        answer = refused(Refusal(error.status_code, code, message))
+        answer.headers.update(error.headers or {})
+        if error.status_code == 405:  # Starlette names those of one route; / has two
+            here = [route for route in app.routes if isinstance(route, Route) and route.path == request.url.path]
+            answer.headers["Allow"] = ", ".join(sorted(method for route in here for method in route.methods or ()))
+        return answer
 
     @app.exception_handler(Exception)
-    async def defect(_: Request, error: Exception) -> JSONResponse:
-        return _error(500, "defect", "The service has a defect; the error is in its log.")
+    async def unforeseen(_: Request, error: Exception) -> Response:
+        return defect()

@@ -15,7 +15,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -47,14 +47,17 @@ class Batcher:
         *,
         tokens_per_second: float,
         batch_tokens: int = 0,
-        queue_tokens: int = 65536,
+        queue_tokens: int = 0,
         longest_wait: float = 10.0,
         stall_seconds: float = 30.0,
+        on_death: Callable[[], None] = lambda: None,
     ) -> None:
         """`canary` is a text (token ids) the engine is known to answer; `tokens_per_second` its speed at first."""
         self.engine, self.canary, self.metrics = engine, canary, metrics
-        self.batch_tokens, self.queue_tokens = batch_tokens or engine.batch_tokens, queue_tokens
-        self.longest_wait, self.stall_seconds = longest_wait, stall_seconds
+        self.batch_tokens = batch_tokens or engine.batch_tokens
+        # Half a second's work of a good CPU engine, four batches of a GPU: longer queues only make everybody wait.
+        self.queue_tokens = queue_tokens or max(8192, 4 * engine.batch_tokens)
+        self.longest_wait, self.stall_seconds, self.on_death = longest_wait, stall_seconds, on_death
         self._speed = tokens_per_second
         self._waiting: list[Job] = []  # in order of arrival
         self._pending = 0  # tokens accepted and not yet answered
@@ -110,15 +113,21 @@ class Batcher:
     def _admit(self, tokens: int) -> None:
         if trouble := self.trouble():
             raise Refusal(503, "engine_down", f"No predictions at the moment: {trouble}.", retry_after=10)
-        total = self._pending + tokens
         # An idle service takes any request, whatever its size. A busy one does not take what it could not answer in time.
-        if self._pending and (total > self.queue_tokens or total / self._speed > self.longest_wait):
-            seconds = min(60, max(1, math.ceil(self._pending / self._speed)))
-            raise Refusal(429, "overloaded", f"The queue is full; try again in {seconds} s.", retry_after=seconds)
+        late = self._pending > 0 and (self._pending + tokens) / self._speed > self.longest_wait
+        if (seconds := self.overloaded()) or late:
+            raise overload(seconds or self._drained())
+
+    def overloaded(self) -> int | None:
+        """Whole seconds after which a caller should try again while the queue is full, else None."""
+        return self._drained() if self._pending >= self.queue_tokens else None
+
+    def _drained(self) -> int:
+        return min(60, max(1, math.ceil(self._pending / self._speed)))
 
     def _count(self, tokens: int) -> None:
         self._pending += tokens
-        self.metrics.queue.set(self._pending)
+        self.metrics.queue.inc(tokens)  # while one model follows another there are two queues, and this is their sum
 
     async def _serve(self) -> None:
         try:
@@ -147,7 +156,7 @@ class Batcher:
         longest = tokens = 0
         for job in sorted(self._waiting, key=lambda job: abs(len(job.ids) - length)):  # stable: the older of equals first
             longest, tokens = max(longest, len(job.ids)), tokens + len(job.ids)
-            area = longest * (len(batch) + 1)
+            area = self._padded(longest) * (len(batch) + 1)
             if batch and (area > self.batch_tokens or area - tokens > self.engine.max_padding * area):
                 break
             batch.append(job)
@@ -157,6 +166,9 @@ class Batcher:
         for job in batch:
             self.metrics.queue_wait.observe(now - job.since)
         return batch
+
+    def _padded(self, length: int) -> int:
+        return -(-length // self.engine.length_step) * self.engine.length_step
 
     async def _run(self, batch: list[Job]) -> None:
         """Answers every job of `batch`. A batch that fails is halved until the text that does it stands alone."""
@@ -188,9 +200,11 @@ class Batcher:
             self._began = None
         seconds, tokens = max(time.monotonic() - began, 1e-6), sum(map(len, texts))
         self._speed += 0.2 * (tokens / seconds - self._speed)  # what admission and Retry-After reckon with
+        padded = len(texts) * self._padded(max(map(len, texts)))
         self.metrics.batch_texts.observe(len(texts))
+        self.metrics.batch_tokens.observe(padded)
         self.metrics.tokens.labels("text").inc(tokens)
-        self.metrics.tokens.labels("padding").inc(len(texts) * max(map(len, texts)) - tokens)
+        self.metrics.tokens.labels("padding").inc(padded - tokens)
         self.metrics.engine_seconds.inc(seconds)
         return rows
 
@@ -214,7 +228,12 @@ class Batcher:
     def _die(self, reason: str) -> None:
         log.error("%s; no predictions from now on", reason)
         self._dead = reason
+        self.on_death()
         _refuse(self._waiting, Refusal(503, "engine_down", "The engine failed; try again later.", retry_after=10))
+
+
+def overload(seconds: int) -> Refusal:
+    return Refusal(429, "overloaded", f"The queue is full; try again in {seconds} s.", retry_after=seconds)
 
 
 def _refuse(jobs: Sequence[Job], refusal: Refusal) -> None:

@@ -1,31 +1,29 @@
-"""What computes logits: ONNX Runtime on the CPU, or torch on a GPU or CPU. torch is imported only when it is chosen.
+"""What computes logits: OpenVINO or ONNX Runtime on the release's one ONNX file, or torch on its safetensors.
 
-`candidates` lists the engines that could serve a release here, best first; `serve.release` admits the first of them
-that proves itself on the golden examples.
+Libraries are imported only for the engine that is opened. `known` lists what could serve a release here, the one to
+begin with first; which of them is fastest is measured by `serve.choice`, and none serves that has not proven itself.
 """
 
 from __future__ import annotations
 
-import ctypes
-import importlib.util
-import math
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from serve.errors import UserError
+from serve.machine import allowed_cores, computes_bf16, gpu_present, has
 from serve.settings import Settings
 
 Batch = Sequence[Sequence[int]]  # token ids, unpadded
 Logits = npt.NDArray[np.float32]  # (texts, classes)
+ONNX_FILE = "onnx/model.onnx"
 
 
 class Engine(Protocol):
-    name: str
+    name: str  # library and precision, as --engine takes it
     device: str
     precision: str
     threads: int
@@ -33,6 +31,7 @@ class Engine(Protocol):
     # the cache; on a GPU a batch of 1 costs nearly what one of 64 does.
     batch_tokens: int  # padding included
     max_padding: float  # share of a batch, 0-1
+    length_step: int  # texts are padded to a multiple of it
 
     def logits(self, texts: Batch) -> Logits: ...
 
@@ -42,15 +41,16 @@ class Weights(Protocol):
 
     folder: Path
     pad_id: int
+    positions: int  # longest text the model has positions for, in tokens
 
     def fetch(self, pattern: str) -> bool:
         """Brings the files into `folder`; False where the release has none."""
         ...
 
 
-def pad(texts: Batch, pad_id: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """`(input_ids, attention_mask)`, both (texts, longest), padded on the right."""
-    shape = len(texts), max(map(len, texts))
+def pad(texts: Batch, pad_id: int, length: int = 0) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """`(input_ids, attention_mask)`, both (texts, longest or `length`), padded on the right."""
+    shape = len(texts), max(length, *map(len, texts))
     ids, mask = np.full(shape, pad_id, np.int64), np.zeros(shape, np.int64)
     for row, text in enumerate(texts):
         ids[row, : len(text)] = text
@@ -58,45 +58,87 @@ def pad(texts: Batch, pad_id: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[n
     return ids, mask
 
 
+def _check_graph(inputs: Sequence[str], outputs: Sequence[str]) -> None:
+    if unknown := set(inputs) - {"input_ids", "attention_mask", "token_type_ids"}:
+        raise ValueError(f"the graph wants inputs this service does not know: {', '.join(sorted(unknown))}")
+    if "logits" not in outputs:
+        raise ValueError(f"the graph has no output 'logits', only {', '.join(outputs)}")
+
+
+def _feed(texts: Batch, pad_id: int, inputs: Sequence[str], length: int = 0) -> dict[str, npt.NDArray[np.int64]]:
+    """Both runtimes refuse an input that the graph does not have."""
+    ids, mask = pad(texts, pad_id, length)
+    every = {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
+    return {name: every[name] for name in inputs}
+
+
 class OnnxEngine:
-    """`onnx/model.onnx` on ONNX Runtime's CPU provider, in fp32."""
+    """The ONNX file on ONNX Runtime's CPU provider, in fp32, with the transformer fusions it makes as it loads."""
 
-    name, device, precision = "onnxruntime", "cpu", "fp32"
-    batch_tokens, max_padding = 1024, 0.1
+    device, precision = "cpu", "fp32"
+    batch_tokens, max_padding, length_step = 1024, 0.1, 1
 
-    def __init__(self, path: Path, pad_id: int, threads: int) -> None:
+    def __init__(self, name: str, path: Path, pad_id: int, threads: int) -> None:
         """Raises ValueError for a graph with other inputs or outputs; onnxruntime's own error for a broken file."""
         import onnxruntime  # type: ignore[import-untyped]
 
-        self.threads, self.pad_id = threads, pad_id
+        self.name, self.threads, self.pad_id = name, threads, pad_id
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4  # errors are raised as well; a text that makes it fail must not fill the log
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
+        # Its own memory pool grows with the largest batch met and gives nothing back.
+        options.enable_cpu_mem_arena = options.enable_mem_pattern = False
         # Spinning threads burn the cores that tokenising and HTTP need, and collapse beside a busy neighbour.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        self._inputs = {entry.name for entry in self._session.get_inputs()}
-        outputs = [entry.name for entry in self._session.get_outputs()]
-        if unknown := self._inputs - {"input_ids", "attention_mask", "token_type_ids"}:
-            raise ValueError(f"the graph wants inputs this service does not know: {', '.join(sorted(unknown))}")
-        if "logits" not in outputs:
-            raise ValueError(f"the graph has no output 'logits', only {', '.join(outputs)}")
+        self._inputs = [entry.name for entry in self._session.get_inputs()]
+        _check_graph(self._inputs, [entry.name for entry in self._session.get_outputs()])
 
     def logits(self, texts: Batch) -> Logits:
-        ids, mask = pad(texts, self.pad_id)
-        feed = {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
-        # ONNX Runtime refuses an input that the graph does not have.
-        (logits,) = self._session.run(["logits"], {name: feed[name] for name in self._inputs})
+        (logits,) = self._session.run(["logits"], _feed(texts, self.pad_id, self._inputs))
         return np.asarray(logits, np.float32)
+
+
+class OpenVinoEngine:
+    """The ONNX file on OpenVINO's CPU plugin, in fp32 or, with half the memory traffic and on AMX units, bf16."""
+
+    device = "cpu"
+    # It prepares every shape it meets, which costs time, and keeps it, which costs memory (1 GiB and growing in a
+    # measurement without these two): lengths are rounded up to a multiple, and what is kept is bounded.
+    length_step, SHAPES_KEPT = 8, 64
+    batch_tokens, max_padding = 1024, 0.2
+
+    def __init__(self, name: str, path: Path, pad_id: int, positions: int, precision: str, threads: int) -> None:
+        """Raises ValueError for a graph with other inputs or outputs; OpenVINO's own error for a broken file."""
+        import openvino
+
+        self.name, self.precision, self.threads, self.pad_id, self.positions = name, precision, threads, pad_id, positions
+        options = {
+            "INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32",
+            "INFERENCE_NUM_THREADS": threads,
+            "NUM_STREAMS": 1,
+            "CPU_RUNTIME_CACHE_CAPACITY": self.SHAPES_KEPT,
+            "ENABLE_CPU_PINNING": False,  # pinned threads wait for a core that a neighbour holds while another is free
+        }
+        compiled = openvino.Core().compile_model(str(path), "CPU", options)
+        self._inputs = [entry.any_name for entry in compiled.inputs]
+        _check_graph(self._inputs, [entry.any_name for entry in compiled.outputs])
+        self._request = compiled.create_infer_request()
+
+    def logits(self, texts: Batch) -> Logits:
+        length = -(-max(map(len, texts)) // self.length_step) * self.length_step
+        feed = _feed(texts, self.pad_id, self._inputs, min(length, self.positions))
+        answer = self._request.infer(feed, share_inputs=True)
+        return np.array(answer["logits"], np.float32)  # a copy: the request's own memory is written over by the next batch
 
 
 class TorchEngine:
     """`model.safetensors` on transformers, on a GPU or on the CPU."""
 
-    name = "torch"
+    length_step = 1
 
-    def __init__(self, folder: Path, pad_id: int, device: str, precision: str, threads: int) -> None:
+    def __init__(self, name: str, folder: Path, pad_id: int, device: str, precision: str, threads: int) -> None:
         import torch
         from transformers import AutoModelForSequenceClassification
         from transformers.utils import logging
@@ -105,7 +147,7 @@ class TorchEngine:
         on_gpu = device == "cuda"
         if not on_gpu:
             torch.set_num_threads(threads)
-        self.device, self.precision, self.pad_id, self.threads = device, precision, pad_id, threads
+        self.name, self.device, self.precision, self.pad_id, self.threads = name, device, precision, pad_id, threads
         self.batch_tokens, self.max_padding = (32768, 0.5) if on_gpu else (1024, 0.1)
         self._model: Any = AutoModelForSequenceClassification.from_pretrained(
             folder,
@@ -115,6 +157,11 @@ class TorchEngine:
             local_files_only=True,
         )
         self._model.to(device).eval()
+        # bf16 has 8 bits: two labels near each other would come out as equal. The last layer is computed in fp32.
+        *_, head = (module for module in self._model.modules() if isinstance(module, torch.nn.Linear))
+        if head.out_features != self._model.config.num_labels:
+            raise ValueError(f"the last layer of {type(self._model).__name__} does not give the labels")
+        head.float().register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
 
     def logits(self, texts: Batch) -> Logits:
         import torch
@@ -125,91 +172,75 @@ class TorchEngine:
         return np.asarray(output.float().cpu())
 
 
-class Candidate(NamedTuple):
-    name: str
-    load: Callable[[], Engine]
-
-
-def candidates(settings: Settings, release: Weights) -> list[Candidate]:
-    """The engines that could serve `release` under `settings`, best first, at least one. Raises UserError."""
+def open_engine(name: str, release: Weights, settings: Settings) -> Engine:
+    """Loads the engine `name`, one of `known`, from files that are there. Raises whatever its library raises."""
+    library, _, precision = name.partition("-")
     threads = settings.threads or allowed_cores()
-    found: list[Candidate] = []
-    wants_gpu = settings.device == "cuda" or (settings.device == "auto" and settings.engine != "onnxruntime" and gpu_present())
-    if wants_gpu and (settings.device == "cuda" or has_torch()):
-        found += _torch_on_gpu(settings, release)
-    if settings.device != "cuda" and not found:
-        if settings.engine != "torch" and release.fetch("onnx/model.onnx"):
-            path = release.folder / "onnx" / "model.onnx"
-            found.append(Candidate("onnxruntime on cpu, fp32", lambda: OnnxEngine(path, release.pad_id, threads)))
-        elif settings.engine == "onnxruntime":
-            raise UserError(
-                "the release has no onnx/model.onnx, which --engine onnxruntime needs: publish it with one, or give --engine torch."
-            )
-        else:
-            _require_torch("the release has no onnx/model.onnx" if settings.engine == "auto" else "--engine is torch")
-            _require_safetensors(release)
-            found.append(Candidate("torch on cpu, fp32", lambda: TorchEngine(release.folder, release.pad_id, "cpu", "fp32", threads)))
-    return found
+    path = release.folder / ONNX_FILE
+    if library == "onnxruntime":
+        return OnnxEngine(name, path, release.pad_id, threads)
+    if library == "openvino":
+        return OpenVinoEngine(name, path, release.pad_id, release.positions, precision, threads)
+    device = "cuda" if on_gpu(settings) else "cpu"
+    return TorchEngine(name, release.folder, release.pad_id, device, precision, threads)
 
 
-def _torch_on_gpu(settings: Settings, release: Weights) -> list[Candidate]:
-    _require_torch(f"--device is {settings.device}")
+def on_gpu(settings: Settings) -> bool:
+    """Whether torch on CUDA serves: asked for, or there and nothing else is asked for."""
+    if settings.device != "auto":
+        return settings.device == "cuda"
+    return settings.engine.startswith(("auto", "torch")) and gpu_present() and has("torch", "transformers") and _cuda_works()
+
+
+def _cuda_works() -> bool:
     import torch
 
-    if not torch.cuda.is_available():
-        if settings.device == "cuda":
-            raise UserError("--device is cuda and torch finds no GPU here: give --device cpu or auto, or install a torch built for CUDA.")
-        return []
-    _require_safetensors(release)
-    # Older cards than Ampere compute bf16 by emulation; there fp32 is the faithful choice.
-    precisions = ["bf16", "fp32"] if torch.cuda.get_device_capability()[0] >= 8 else ["fp32"]
-
-    def candidate(precision: str) -> Candidate:
-        return Candidate(f"torch on cuda, {precision}", lambda: TorchEngine(release.folder, release.pad_id, "cuda", precision, threads=1))
-
-    return [candidate(precision) for precision in precisions]
+    return torch.cuda.is_available()
 
 
-def has_torch() -> bool:
-    return all(importlib.util.find_spec(package) is not None for package in ("torch", "transformers"))
+def known(settings: Settings, release: Weights) -> list[str]:
+    """Names of the engines that could serve `release` under `settings`, at least one, the one to begin with first.
+
+    Fetches the weights they need. Raises UserError, which says what is missing.
+    """
+    if settings.engine != "auto":
+        wanted = [settings.engine]
+    elif on_gpu(settings):
+        import torch
+
+        # Older cards than Ampere compute bf16 by emulation; there fp32 is the faithful choice.
+        fast = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 8
+        wanted = ["torch-bf16", "torch-fp32"] if fast else ["torch-fp32"]
+    elif has_onnx(settings, release):
+        # Most likely the fastest first: if the timings agree, no second engine is ever loaded.
+        bf16 = ["openvino-bf16"] * computes_bf16()
+        wanted = [*bf16, "openvino-fp32"] * has("openvino") + ["onnxruntime"] * has("onnxruntime")
+    else:
+        wanted = ["torch-fp32"] + ["torch-bf16"] * computes_bf16()
+    _require(wanted[0], settings, release)
+    return wanted
 
 
-def _require_torch(why: str) -> None:
-    if not has_torch():
+def has_onnx(settings: Settings, release: Weights) -> bool:
+    return (has("onnxruntime") or has("openvino")) and release.fetch(ONNX_FILE)
+
+
+def _require(name: str, settings: Settings, release: Weights) -> None:
+    library = name.partition("-")[0]
+    if library != "torch":
+        if not has(library):
+            raise UserError(f"--engine is {name}, and {library} is not installed here: pip install {library}, or leave --engine out.")
+        if not release.fetch(ONNX_FILE):
+            raise UserError(f"the release has no {ONNX_FILE}, which --engine {name} needs: publish it with one, or leave --engine out.")
+        return
+    if not has("torch", "transformers"):
+        why = f"--engine is {name}" if settings.engine == name else "the release has no ONNX file"
+        why = "--device is cuda" if settings.device == "cuda" else why
         raise UserError(
             f"{why}, and torch or transformers is not installed here: pip install torch transformers, "
             "or serve a release with ONNX on the CPU."
         )
-
-
-def _require_safetensors(release: Weights) -> None:
+    if settings.device == "cuda" and not _cuda_works():
+        raise UserError("--device is cuda and torch finds no GPU here: give --device cpu or auto, or install a torch built for CUDA.")
     if not release.fetch("model*.safetensors*"):
         raise UserError("the release has no model.safetensors, the only weights torch loads here (no pickle): publish it with them.")
-
-
-def gpu_present() -> bool:
-    """Whether CUDA's driver finds a device; asked of the driver, because importing torch to ask takes seconds."""
-    try:
-        driver, count = ctypes.CDLL("libcuda.so.1"), ctypes.c_int(0)
-    except OSError:
-        return False
-    return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
-
-
-def allowed_cores() -> int:
-    """The cores this process may really use: its affinity, and below that the quota of its container."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, math.floor(min(cores, _cgroup_quota())))
-
-
-def _cgroup_quota(root: Path = Path("/sys/fs/cgroup")) -> float:
-    """Cores' worth of time that the container may use (infinite without a limit); cgroup version 2, then 1."""
-    for quota_file, period_file in (("cpu.max", None), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
-        try:
-            words = (root / quota_file).read_text().split()
-            words += (root / period_file).read_text().split() if period_file else []
-            if words[0] not in ("max", "-1"):
-                return max(1.0, int(words[0]) / int(words[1]))
-        except (OSError, ValueError, IndexError):
-            continue
-    return math.inf

@@ -24,7 +24,10 @@ def info(service: Service) -> InfoAnswer:
             "queue_tokens": settings.queue_tokens,
             "deadline_seconds": settings.deadline_seconds,
         },
-        versions=_versions(with_torch=model is not None and model.engine.name == "torch"),
+        engine_choice=service.engine_choice(),
+        updates=service.updates(),
+        api_key_required=bool(settings.api_keys),
+        versions=_versions(with_torch=model is not None and model.engine.name.startswith("torch")),
         uptime_seconds=round(time.monotonic() - service.started, 3),
     )
     if model is None:
@@ -57,7 +60,7 @@ def info(service: Service) -> InfoAnswer:
 @functools.cache
 def _versions(with_torch: bool) -> dict[str, str]:
     found = {"python": platform.python_version()}
-    for package in ["onnxruntime", "tokenizers", "huggingface_hub", "fastapi"] + ["torch", "transformers"] * with_torch:
+    for package in ["onnxruntime", "openvino", "tokenizers", "huggingface_hub", "fastapi"] + ["torch", "transformers"] * with_torch:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
     return found

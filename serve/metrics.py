@@ -17,8 +17,15 @@ class Metrics:
         self.latency = Histogram("distrinews_request_seconds", "From request to answer.", ["route"], buckets=_SECONDS, registry=registry)
         self.queue_wait = Histogram("distrinews_queue_wait_seconds", "A text's wait for its batch.", buckets=_SECONDS, registry=registry)
         self.batch_texts = Histogram("distrinews_batch_texts", "Texts in a batch.", buckets=_SIZES, registry=registry)
+        self.batch_tokens = Histogram(
+            "distrinews_batch_tokens", "Tokens in a batch, padding included.", buckets=[16 * size for size in _SIZES], registry=registry
+        )
         self.tokens = Counter("distrinews_tokens", "Tokens computed, by kind: text or padding.", ["kind"], registry=registry)
         self.engine_seconds = Counter("distrinews_engine_seconds", "Time spent in the engine.", registry=registry)
         self.queue = Gauge("distrinews_queue_tokens", "Tokens accepted and not yet answered.", registry=registry)
         self.failures = Counter("distrinews_engine_failures", "Calls of the engine that raised.", registry=registry)
         self.model = Gauge("distrinews_model", "1 for the model that serves.", ["model", "commit", "engine"], registry=registry)
+        self.swaps = Counter("distrinews_swaps", "Times that another commit took over.", registry=registry)
+        self.refusals = Counter(
+            "distrinews_refusals", "Commits that were refused: release, proof, rollback.", ["reason"], registry=registry
+        )

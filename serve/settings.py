@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
@@ -16,10 +17,16 @@ from typing import Any, NoReturn
 from serve.errors import UserError
 
 PREFIX = "DISTRINEWS_"
+ENGINES = ("auto", "openvino-bf16", "openvino-fp32", "onnxruntime", "torch-bf16", "torch-fp32")
 
 
 def _option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
     return field(default=default, metadata={"help": help, "choices": choices})
+
+
+def _secret(help: str) -> Any:
+    """From the environment only, for a flag stands in every list of processes; shown nowhere."""
+    return field(default="", repr=False, metadata={"help": help, "secret": True})
 
 
 @dataclass(frozen=True)
@@ -31,16 +38,22 @@ class Settings:
     host: str = _option("127.0.0.1", "Address to listen on; 0.0.0.0 lets other machines in.")
     port: int = _option(8000, "Port to listen on; 0 takes a free one and prints it.")
     device: str = _option("auto", "auto: CUDA where there is a GPU and torch, else the CPU.", ("auto", "cpu", "cuda"))
-    engine: str = _option(
-        "auto", "auto: torch on a GPU, ONNX Runtime on a CPU, torch where the release has no ONNX.", ("auto", "onnxruntime", "torch")
-    )
+    engine: str = _option("auto", "auto: torch on a GPU; on a CPU the fastest that proves itself, as measured here.", ENGINES)
     threads: int = _option(0, "Threads of the engine on the CPU; 0: the cores this process may use.")
     batch_tokens: int = _option(0, "Most tokens, padding included, in one batch; 0: what suits the engine.")
-    queue_tokens: int = _option(65536, "Most tokens accepted and not yet answered; beyond it callers get 429.")
+    queue_tokens: int = _option(0, "Tokens waiting beyond which callers get 429; 0: half a second's work, as the engine needs.")
     deadline_seconds: float = _option(10.0, "Longest a request may take; beyond it callers get 503.")
     stall_seconds: float = _option(30.0, "A batch that takes longer turns /ready red until it ends.")
     max_texts: int = _option(256, "Most texts in one /predict/batch request.")
     max_body_bytes: int = _option(1 << 20, "Largest request body in bytes; beyond it callers get 413.")
+    state_dir: str = _option("", "Folder for what is remembered between starts (proofs, timings); empty: distrinews in HF_HOME.")
+    watch_seconds: float = _option(60.0, "Seconds between looks at the Hub for a newer commit of the revision; 0: never.")
+    max_model_bytes: int = _option(4 << 30, "Largest weights that are downloaded, in bytes; a release with larger ones is refused.")
+    cors_origins: str = _option("", "Origins whose pages may call this, https://a.example,https://b.example or *; empty: none but its own.")
+    access_log: str = _option("errors", "Answers that get a line in the log; errors: those of 500 and above.", ("none", "errors", "all"))
+    log_format: str = _option("text", "How the log is written; json: one object a line.", ("text", "json"))
+    api_keys: str = _secret("Keys, k1,k2, one of which predictions must send as X-API-Key; empty: anyone may predict.")
+    admin_key: str = _secret("Key that operators must send as X-API-Key to roll back; empty: nobody can.")
     min_agreement: float = _option(0.99, "Proof: least share of golden examples that must get the same label, 0-1.")
     max_probability_change: float = _option(0.03, "Proof: most that any golden probability may be off by, 0-1.")
 
@@ -54,19 +67,37 @@ class Settings:
             ("port", 0, 65535),
             ("threads", 0, 1024),
             ("batch_tokens", 0, 1 << 24),
-            ("queue_tokens", 1, 1 << 30),
+            ("queue_tokens", 0, 1 << 30),
             ("deadline_seconds", 0.01, 3600),
             ("stall_seconds", 0.01, 3600),
             ("max_texts", 1, 100_000),
             ("max_body_bytes", 64, 1 << 30),
+            ("watch_seconds", 0, 86400),
+            ("max_model_bytes", 1, 1 << 40),
             ("min_agreement", 0, 1),
             ("max_probability_change", 0, 1),
         ):
             value = getattr(self, name)
             if not low <= value <= high:
                 raise UserError(f"--{name} is {value}: allowed is {low} to {high}.")
-        if self.engine == "onnxruntime" and self.device == "cuda":
-            raise UserError("--engine onnxruntime runs on the CPU here and --device is cuda: leave one out, or give --engine torch.")
+        for origin in self.origins():
+            if origin != "*" and not re.fullmatch(r"https?://[^/\s?#]+", origin):
+                raise UserError(f"--cors_origins holds {origin!r}: allowed are origins like https://a.example, separated by commas, or *.")
+        for name in ("api_keys", "admin_key"):  # the key itself is not quoted
+            for key in getattr(self, name).split(","):
+                if getattr(self, name) and not re.fullmatch(r"[!-~]+", key.strip()):
+                    raise UserError(
+                        f"{PREFIX}{name.upper()} holds an empty key or one with a space or a letter beyond ASCII, which no HTTP header "
+                        "carries safely: allowed are letters, digits and signs."
+                    )
+        if self.device == "cuda" and not self.engine.startswith(("auto", "torch")):
+            raise UserError(f"--engine {self.engine} runs on the CPU and --device is cuda: leave one out, or give --engine torch-bf16.")
+
+    def origins(self) -> list[str]:
+        return [origin.strip() for origin in self.cors_origins.split(",") if origin.strip()]
+
+    def keys(self) -> list[bytes]:
+        return [key.strip().encode() for key in self.api_keys.split(",") if key.strip()]
 
 
 FIELDS = dataclasses.fields(Settings)
@@ -82,11 +113,14 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="python -m serve",
         description="Serve one release of a text classifier from the Hugging Face Hub, or from a folder, over HTTP.",
-        epilog=f"Every option can also be set as {PREFIX}<OPTION>, for example {PREFIX}PORT=7860.",
+        epilog=f"Every option can also be set as {PREFIX}<OPTION>, for example {PREFIX}PORT=7860. From the environment only: "
+        + " ".join(f"{PREFIX}{option.name.upper()}: {option.metadata['help']}" for option in FIELDS if "secret" in option.metadata),
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
     for option in FIELDS:
+        if "secret" in option.metadata:
+            continue
         shown = f" (default: {option.default})" if option.default != "" else ""
         parser.add_argument(
             f"--{option.name}", type=type(option.default), choices=option.metadata["choices"], help=option.metadata["help"] + shown
@@ -100,7 +134,11 @@ def parse(argv: Sequence[str], environment: Mapping[str, str] = os.environ) -> S
     given: dict[str, Any] = {}
     for option in FIELDS:
         variable = PREFIX + option.name.upper()
-        if value := environment.get(variable):
+        if not (value := environment.get(variable)):
+            continue
+        if "secret" in option.metadata:
+            given[option.name] = value
+        else:
             try:
                 given |= vars(parser.parse_args([f"--{option.name}={value}"]))
             except UserError as error:

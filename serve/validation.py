@@ -1,46 +1,92 @@
-"""What pydantic finds wrong with a request, as one sentence: what was given, what is allowed. It never quotes a text."""
+"""From a request's bytes to its checked body, or one sentence: what was given, what is allowed. It never quotes a text."""
 
 from __future__ import annotations
 
-import json
+import codecs
+import email.message
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+
+from serve.errors import Refusal
+from serve.schemas import Body, Parameters
+
+AnyBody = TypeVar("AnyBody", bound=Body)
 
 _KINDS = {dict: "an object", list: "a list", str: "a string", bool: "true or false", int: "a number", float: "a number", type(None): "null"}
+# What the parser's own words leave in the dark.
+_NOT_JSON = {
+    "hex escape": "half a character, a lone surrogate such as \\ud800, or another broken \\u escape",
+    "invalid unicode": "bytes that are not UTF-8",
+}
 
 
-class Complaint(NamedTuple):
-    status: int
-    code: str
-    message: str
-    field: str | None = None
+def check_content(headers: Mapping[bytes, bytes]) -> None:
+    """Raises Refusal (415) unless the body is plain JSON in UTF-8."""
+    if headers.get(b"content-encoding", b"identity").lower() != b"identity":
+        raise Refusal(415, "content_encoding", "The body is compressed; allowed is plain JSON, without the header Content-Encoding.")
+    given = headers.get(b"content-type", b"")
+    if given == b"application/json":
+        return
+    content = email.message.Message()
+    content["Content-Type"] = given.decode("latin-1")
+    kind, charset = content.get_content_type(), content.get_content_charset("utf-8")
+    if kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
+        raise Refusal(415, "content_type", "The content type is not JSON; send the header Content-Type: application/json.")
+    try:
+        is_utf8 = codecs.lookup(charset).name == "utf-8"
+    except (LookupError, ValueError):
+        is_utf8 = False
+    if not is_utf8:
+        raise Refusal(415, "charset", "The content type names another charset than the one that is allowed, utf-8.")
 
 
-def explain(error: Mapping[str, Any], example: Mapping[str, Any]) -> Complaint:
-    """`error` is one of `RequestValidationError.errors()`, `example` a body that is allowed."""
-    kind, given = error["type"], _KINDS.get(type(error.get("input")), "something else")
-    allowed = f"allowed is JSON like {json.dumps(example)}"
-    where = error["loc"][1:]  # after "body"
+def read(kind: type[AnyBody], body: bytes) -> AnyBody:
+    """The checked body. Raises Refusal, 400 for what is not JSON and 422 for JSON of another shape."""
+    if not body:
+        raise Refusal(422, "body_missing", f"The body is empty; allowed is JSON like {kind.allowed}.")
+    try:
+        return kind.model_validate_json(body)
+    except ValidationError as error:
+        raise _refusal(error.errors(include_url=False)[0], kind.allowed) from None  # the error quotes the text
+
+
+def _refusal(error: Mapping[str, Any], example: str) -> Refusal:
+    kind, where, given = error["type"], error["loc"], _KINDS.get(type(error["input"]), "something else")
+    allowed = f"allowed is JSON like {example}"
     if kind == "json_invalid":
-        return Complaint(400, "not_json", f"The body is not JSON ({error['ctx']['error']} at character {where[0]}); {allowed}.")
+        reason = error["ctx"]["error"]
+        for words, meaning in _NOT_JSON.items():
+            if words in reason:
+                reason = f"{meaning}, at {reason.partition(' at ')[2]}"
+        return Refusal(400, "not_json", f"The body is not JSON ({reason}); {allowed}.")
     if not where:
-        if kind == "missing":
-            return Complaint(422, "body_missing", f"The body is empty; {allowed}.")
-        if isinstance(error["input"], bytes):
-            return Complaint(415, "content_type", "The content type is not JSON; send the header Content-Type: application/json.")
-        return Complaint(422, "body_type", f"The body is {given}; {allowed}.")
-    field = str(where[0]) + "".join(f"[{part}]" for part in where[1:])
+        return Refusal(422, "body_type", f"The body is {given}; {allowed}.")
+    field = str(where[0]) + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in where[1:])
     if kind == "missing":
-        return Complaint(422, f"{field}_missing", f"`{field}` is missing; {allowed}.", field)
+        return Refusal(422, f"{field}_missing", f"`{field}` is missing; {allowed}.", field=field)
     if kind == "extra_forbidden":
         # The name is the caller's and may be anything, of any length.
-        return Complaint(422, "unknown_field", f"The body has a field that is not known; {allowed}.", field[:40])
-    if kind == "string_type":
-        return Complaint(422, "not_a_string", f"`{field}` is {given}; allowed is a string.", field)
-    if kind == "list_type":
-        return Complaint(422, "not_a_list", f"`{field}` is {given}; allowed is a list of strings.", field)
+        if len(where) > 1:
+            allowed = f"allowed are {', '.join(Parameters.model_fields)}"
+        return Refusal(422, "unknown_field", f"The body has a field that is not known; {allowed}.", field=field[:60])
+    code, wanted = {
+        "string_type": ("not_a_string", "a string"),
+        "list_type": ("not_a_list", "a string or a list of strings" if field == "inputs" else "a list of strings"),
+        "model_type": ("not_an_object", "an object"),
+        "bool_type": ("not_a_boolean", "true or false"),
+        "int_type": ("not_a_whole_number", "a whole number of 1 or more"),
+        "literal_error": ("unknown_value", str(error.get("ctx", {}).get("expected"))),
+    }.get(kind, ("", ""))
+    if code:
+        given = "another value" if kind == "literal_error" else given
+        return Refusal(422, code, f"`{field}` is {given}; allowed is {wanted}.", field=field)
+    if kind == "greater_than_equal":
+        return Refusal(422, "too_small", f"`{field}` is less than 1; allowed is a whole number of 1 or more.", field=field)
     if kind == "too_short":
-        return Complaint(422, "empty_list", f"`{field}` is empty; allowed is a list of one text or more.", field)
-    if kind == "value_error":
-        return Complaint(422, "text_unreadable", f"`{field}` {error['ctx']['error']}.", field)
-    return Complaint(422, "invalid", f"`{field}` is not valid: {error['msg']}.", field)
+        return Refusal(422, "empty_list", f"`{field}` is empty; allowed is a list of one text or more.", field=field)
+    if kind in ("value_error", "string_too_short"):
+        reason = error["ctx"]["error"] if kind == "value_error" else "is blank; allowed is any text with at least one character to read"
+        return Refusal(422, "text_unreadable", f"`{field}` {reason}.", field=field)
+    return Refusal(422, "invalid", f"`{field}` is not valid: {error['msg']}.", field=field)

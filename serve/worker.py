@@ -47,6 +47,15 @@ class Worker:
             del call, function, future, result, error  # else the last batch lives until the next one comes
 
 
+async def in_thread(name: str, function: Callable[..., Result], *arguments: Any) -> Result:
+    """`function(*arguments)` in a thread of its own, for what may take long: a download, a model that is loaded."""
+    worker = Worker(name)
+    try:
+        return await worker.run(function, *arguments)
+    finally:
+        worker.stop()
+
+
 def _settle(future: asyncio.Future[Any], result: Any, error: BaseException | None) -> None:
     if future.cancelled():
         return

@@ -22,7 +22,7 @@ CANARY = [1, 2, 3]
 class HandEngine:
     """Answers (first id, length) for every text, so that a mixed-up answer shows."""
 
-    name, device, precision, threads, batch_tokens, max_padding = "hand", "cpu", "fp32", 1, 100, 0.25
+    name, device, precision, threads, batch_tokens, max_padding, length_step = "hand", "cpu", "fp32", 1, 100, 0.25, 1
 
     def __init__(self) -> None:
         self.open = threading.Event()
@@ -102,18 +102,19 @@ def test_a_full_queue_refuses_with_the_time_to_wait() -> None:
         first = await hold(engine, batcher)
         second = asyncio.create_task(ask(batcher, [[1] * 89]))
         await asyncio.sleep(0.01)
-        with pytest.raises(Refusal) as refusal:
-            await ask(batcher, [[1] * 11])  # 1 + 89 are pending, 100 allowed
-        # 90 tokens at 20 a second
-        assert (refusal.value.status, refusal.value.code, refusal.value.retry_after) == (429, "overloaded", 5)
-        third = asyncio.create_task(ask(batcher, [[1] * 10]))  # fits exactly
+        assert batcher.overloaded() is None  # 90 wait, it is full at 100
+        third = asyncio.create_task(ask(batcher, [[1] * 500]))  # what comes before that is let in, whatever its size
         await asyncio.sleep(0.01)
+        assert batcher.overloaded() == 30
+        with pytest.raises(Refusal) as refusal:
+            await ask(batcher, [[1]])
+        # 590 tokens at 20 a second
+        assert (refusal.value.status, refusal.value.code, refusal.value.retry_after) == (429, "overloaded", 30)
         engine.open.set()
         await asyncio.gather(first, second, third)
-        await ask(batcher, [[1] * 500])  # alone it is let in, whatever its size: else it never could be
-        assert batcher._pending == 0
+        assert batcher._pending == 0 and batcher.overloaded() is None
 
-    with_batcher(test, tokens_per_second=20, queue_tokens=100)
+    with_batcher(test, tokens_per_second=20, queue_tokens=100, longest_wait=60)
 
 
 def test_what_could_not_be_answered_in_time_is_refused_at_the_door() -> None:
@@ -153,7 +154,9 @@ def test_a_text_that_fails_fails_alone() -> None:
     with_batcher(test)
 
 
-def test_a_dead_engine_is_known_to_be_dead() -> None:
+def test_a_dead_engine_is_known_to_be_dead_and_told_once() -> None:
+    deaths: list[str] = []
+
     async def test(engine: HandEngine, batcher: Batcher) -> None:
         first = await hold(engine, batcher)
         others = [asyncio.create_task(ask(batcher, [text(i, 5 + 20 * i)])) for i in range(5)]
@@ -167,9 +170,9 @@ def test_a_dead_engine_is_known_to_be_dead() -> None:
         assert "ValueError" in (batcher.trouble() or "")
         with pytest.raises(Refusal):  # at the door, at once
             await ask(batcher, [[1]])
-        assert batcher._pending == 0
+        assert batcher._pending == 0 and deaths == ["dead"]
 
-    with_batcher(test)
+    with_batcher(test, on_death=lambda: deaths.append("dead"))
 
 
 def test_a_stuck_engine_shows_until_it_comes_back() -> None:

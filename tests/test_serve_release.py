@@ -15,11 +15,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from serving import LABELS, MAX_LENGTH, make_release, make_text, variant
 
-from serve.engine import Engine, OnnxEngine, TorchEngine, _cgroup_quota, allowed_cores, candidates, pad
+from serve.engine import Engine, OnnxEngine, OpenVinoEngine, TorchEngine, known, open_engine, pad
 from serve.errors import UserError
-from serve.release import Model, load, prove, pull
-from serve.settings import Settings
+from serve.machine import _cgroup_quota, allowed_cores, computes_bf16
+from serve.model import Model, load
+from serve.proof import prove
+from serve.release import pull
+from serve.settings import ENGINES, Settings
 from serve.text import TextTokenizer, softmax
+
+# Where bf16 is emulated it is no candidate.
+NAMES = [name for name in ENGINES if name != "auto" and (computes_bf16() or not name.endswith("bf16"))]
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +35,9 @@ def release_dir(encoder_dir: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def models(release_dir: Path) -> dict[str, Model]:
-    return {name: load(pull(str(release_dir)), Settings(str(release_dir), engine=name, threads=1)) for name in ("onnxruntime", "torch")}
+    # In bf16 a label of this random model's 40 may flip that is nearly a tie; the probabilities have to hold all the same.
+    options: dict[str, Any] = {"device": "cpu", "threads": 1, "min_agreement": 0.9}
+    return {name: load(pull(str(release_dir)), Settings(str(release_dir), engine=name, **options)) for name in NAMES}
 
 
 # ---- text to tokens
@@ -90,28 +98,32 @@ def test_a_tokenizer_without_a_limit_takes_the_models(release_dir: Path, tmp_pat
 # ---- engines
 
 
-@pytest.mark.parametrize("name", ["onnxruntime", "torch"])
+@pytest.mark.parametrize("name", NAMES)
 def test_an_engine_proves_itself_and_answers(models: dict[str, Model], name: str) -> None:
     model = models[name]
-    assert (model.engine.name, model.engine.device, model.engine.precision) == (name, "cpu", "fp32")
-    assert (model.proof.examples, model.proof.agreement) == (40, 1.0)
-    assert model.proof.max_probability_change < 1e-4
+    precision = "bf16" if name.endswith("bf16") else "fp32"
+    assert (model.engine.name, model.engine.device, model.engine.precision) == (name, "cpu", precision)
+    assert model.proof.examples == 40
+    assert model.proof.agreement == 1 or (precision == "bf16" and model.proof.agreement >= 0.9)
+    assert model.proof.max_probability_change < (1e-4 if precision == "fp32" else 0.03)
     assert model.release.labels == LABELS
     assert re.fullmatch("folder-[0-9a-f]{12}", model.release.commit)
 
 
 @settings(max_examples=40, deadline=None)
 @given(lengths=st.lists(st.integers(1, 60), min_size=1, max_size=24), seed=st.integers(0, 10_000))
-@pytest.mark.parametrize("name", ["onnxruntime", "torch"])
+@pytest.mark.parametrize("name", NAMES)
 def test_company_does_not_change_an_answer(models: dict[str, Model], name: str, lengths: list[int], seed: int) -> None:
     model = models[name]
-    texts = [ids for ids, _, _ in model.tokenizer.encode([make_text(n, seed + i) for i, n in enumerate(lengths)])]
+    texts = [text.ids for text in model.tokenizer.encode([make_text(n, seed + i) for i, n in enumerate(lengths)])]
     together = softmax(model.engine.logits(texts))
     alone = softmax(np.concatenate([model.engine.logits([text]) for text in texts]))
-    assert np.abs(together - alone).max() <= 0.01
+    # In bf16 other batches are rounded otherwise, and this random model's sharp head makes that large (0.025 was seen).
+    most = 0.04 if name.endswith("bf16") else 1e-4
+    assert np.abs(together - alone).max() <= most
     # A tie may fall either way; the label must not differ where there is none.
     ranked = np.sort(alone, axis=1)
-    clear = ranked[:, -1] - ranked[:, -2] > 1e-4
+    clear = ranked[:, -1] - ranked[:, -2] > 2 * most
     assert (together.argmax(1) == alone.argmax(1))[clear].all()
 
 
@@ -126,35 +138,40 @@ def test_a_graph_gets_only_the_inputs_it_has(release_dir: Path, tmp_path: Path) 
     import onnx
     from onnx import TensorProto, helper
 
+    def engines(path: Path) -> list[Engine]:
+        return [OnnxEngine("onnxruntime", path, 0, 1), OpenVinoEngine("openvino-fp32", path, 0, MAX_LENGTH, "fp32", 1)]
+
     path = release_dir / "onnx" / "model.onnx"
     ids = [[101, 5, 6, 102], [101, 102]]
-    expected = OnnxEngine(path, 0, 1).logits(ids)
     graph = onnx.load(str(path))
     extra = helper.make_tensor_value_info("token_type_ids", TensorProto.INT64, ["rows", "columns"])
     graph.graph.input.append(extra)  # as an export of BERT has it
     onnx.save(graph, str(tmp_path / "three.onnx"))
-    assert np.array_equal(OnnxEngine(tmp_path / "three.onnx", 0, 1).logits(ids), expected)
+    for with_two, with_three in zip(engines(path), engines(tmp_path / "three.onnx"), strict=True):
+        assert np.allclose(with_three.logits(ids), with_two.logits(ids), atol=1e-5)
     extra.name = "pixel_values"
     del graph.graph.input[-1]
     graph.graph.input.append(extra)
     onnx.save(graph, str(tmp_path / "other.onnx"))
     with pytest.raises(ValueError, match="pixel_values"):
-        OnnxEngine(tmp_path / "other.onnx", 0, 1)
+        OnnxEngine("onnxruntime", tmp_path / "other.onnx", 0, 1)
+    with pytest.raises(ValueError, match="pixel_values"):
+        OpenVinoEngine("openvino-fp32", tmp_path / "other.onnx", 0, MAX_LENGTH, "fp32", 1)
 
 
-def test_the_engine_follows_settings_and_release(release_dir: Path, tmp_path: Path) -> None:
+def test_the_engines_follow_settings_and_release(release_dir: Path, tmp_path: Path) -> None:
     def names(folder: Path, **options: Any) -> list[str]:
-        return [candidate.name for candidate in candidates(Settings(str(folder), **options), pull(str(folder)))]
+        return known(Settings(str(folder), device="cpu", **options), pull(str(folder)))
 
-    assert names(release_dir, device="cpu") == ["onnxruntime on cpu, fp32"]
-    assert names(release_dir, device="cpu", engine="torch") == ["torch on cpu, fp32"]
+    assert names(release_dir) == ["onnxruntime", "openvino-fp32", *(["openvino-bf16"] if computes_bf16() else [])]
+    assert names(release_dir, engine="torch-fp32") == ["torch-fp32"]
     without = variant(release_dir, tmp_path / "without", onnx=None)
-    assert names(without, device="cpu") == ["torch on cpu, fp32"]
+    assert names(without)[0] == "torch-fp32"
     with pytest.raises(UserError, match="no onnx/model"):
-        names(without, engine="onnxruntime")
+        names(without, engine="openvino-fp32")
     neither = variant(without, tmp_path / "neither", model=None)
     with pytest.raises(UserError, match="no model"):
-        names(neither, device="cpu")
+        names(neither)
 
 
 def test_cuda_is_used_where_it_is_and_refused_where_not(release_dir: Path) -> None:
@@ -163,10 +180,10 @@ def test_cuda_is_used_where_it_is_and_refused_where_not(release_dir: Path) -> No
     release = pull(str(release_dir))
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match="--device is cuda and torch finds no GPU"):
-            candidates(Settings(str(release_dir), device="cuda"), release)
+            known(Settings(str(release_dir), device="cuda"), release)
         return
     model = load(release, Settings(str(release_dir)))
-    assert (model.engine.name, model.engine.device) == ("torch", "cuda")
+    assert model.engine.name.startswith("torch-") and model.engine.device == "cuda"
 
 
 def test_threads_are_the_cores_really_allowed(tmp_path: Path) -> None:
@@ -224,16 +241,23 @@ def test_the_limits_of_the_proof_can_be_set(release_dir: Path, tmp_path: Path) -
     assert 0.03 < load(pull(str(folder)), lax).proof.max_probability_change < 0.5
 
 
-def test_an_engine_that_fails_its_proof_makes_way_for_the_next(release_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import serve.release
+def test_an_engine_that_fails_its_proof_makes_way_for_the_next(release_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import serve.model
 
-    good = candidates(Settings(str(release_dir), device="cpu"), pull(str(release_dir)))[0]
-    wrong = good._replace(name="wrong", load=lambda: Shifted(good.load(), 5.0))  # type: ignore[arg-type, return-value]
-    broken = good._replace(name="broken", load=lambda: OnnxEngine(release_dir / "config.json", 0, 1))
-    monkeypatch.setattr(serve.release, "candidates", lambda *_: [broken, wrong, good])
-    model = load(pull(str(release_dir)), Settings(str(release_dir)))
-    assert isinstance(model.engine, OnnxEngine)
-    assert [line.split(":")[0] for line in model.rejected] == ["broken", "wrong"]
+    def opened(name: str, *arguments: Any) -> Any:
+        engine = open_engine(name, *arguments)
+        return Shifted(engine, 5.0) if name == "openvino-fp32" else engine
+
+    monkeypatch.setattr(serve.model, "open_engine", opened)
+    folder = variant(release_dir, tmp_path / "r", model="no weights")
+    release, choice = pull(str(folder)), Settings(str(folder), device="cpu")
+    model = load(release, choice, ["torch-fp32", "openvino-fp32", "onnxruntime"])
+    assert model.engine.name == "onnxruntime"
+    assert [line.split(":")[0] for line in model.rejected] == ["torch-fp32", "openvino-fp32"]
+    earlier = model.proof
+    assert load(release, choice, ["onnxruntime"], proven=earlier).proof is earlier
+    with pytest.raises(UserError, match=r"openvino-fp32: .* is off by"):  # a spot check is a check
+        load(release, choice, ["openvino-fp32"], proven=earlier)
 
 
 # ---- releases that cannot be served
@@ -289,4 +313,4 @@ def test_torch_loads_no_pickle(release_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no pickle"):
         load(pull(str(folder)), Settings(str(folder)))
     with pytest.raises(OSError):
-        TorchEngine(folder, 0, "cpu", "fp32", 1)
+        TorchEngine("torch-fp32", folder, 0, "cpu", "fp32", 1)

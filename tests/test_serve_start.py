@@ -44,7 +44,7 @@ def test_flags_win_over_the_environment_and_empty_ones_count_as_not_given() -> N
         (["--model", ""], {}, "no model was given"),
         (["--model", "a/b", "--port", "70000"], {}, "--port is 70000: allowed is 0 to 65535"),
         (["--model", "a/b", "--port", "many"], {}, "argument --port: invalid int value: 'many'. All options: python -m serve --help"),
-        (["--model", "a/b", "--engine", "fast"], {}, "'auto', 'onnxruntime', 'torch'"),
+        (["--model", "a/b", "--engine", "fast"], {}, "'auto', 'openvino-bf16', 'openvino-fp32', 'onnxruntime', 'torch-bf16', 'torch-fp32'"),
         (["--modle", "a/b"], {}, "unrecognized arguments: --modle"),
         (["--mod", "a/b"], {}, "unrecognized arguments: --mod"),
         (["--model", "a/b"], {"DISTRINEWS_PORT": "many"}, "environment variable DISTRINEWS_PORT: "),
@@ -61,7 +61,7 @@ def test_help_teaches_every_option() -> None:
     done = run_serve("--help")
     assert done.returncode == 0
     for field in FIELDS:
-        assert f"--{field.name}" in done.stdout
+        assert (f"DISTRINEWS_{field.name.upper()}:" if "secret" in field.metadata else f"--{field.name} ") in done.stdout
     assert "DISTRINEWS_PORT" in done.stdout
 
 
@@ -76,10 +76,9 @@ def run_serve(*arguments: str | Path, **environment: str) -> subprocess.Complete
 
 def assert_one_line(done: subprocess.CompletedProcess[str], said: str) -> None:
     assert done.returncode == 2, (done.stdout, done.stderr)
-    *before, last = done.stderr.splitlines()
+    last = done.stderr.splitlines()[-1]
     assert last.startswith("error: ") and said in last, done.stderr
-    # Before it the Hub's client may have told that it tries again.
-    assert all(line.startswith(("Error while downloading", "Trying to resume", "Max retries")) for line in before), done.stderr
+    assert "Traceback" not in done.stderr, done.stderr  # before it the Hub's client may have told that it tries again
 
 
 def test_a_bad_release_ends_the_process(release_dir: Path, tmp_path: Path) -> None:
@@ -96,7 +95,9 @@ def test_a_taken_port_and_a_foreign_address(release_dir: Path) -> None:
 
 def test_no_network(tmp_path: Path) -> None:
     done = run_serve("--model", "user/repo", "--port", "0", HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(tmp_path))
-    assert_one_line(done, "the Hub at http://127.0.0.1:9 cannot be reached and user/repo at main is not in the local cache")
+    assert_one_line(
+        done, "the Hub at http://127.0.0.1:9 cannot be reached: check the network and HF_ENDPOINT; and user/repo at main is not"
+    )
 
 
 # ---- the Hub
@@ -118,7 +119,7 @@ def repo(release_dir: Path, local_hub: Any) -> tuple[str, str]:
 
 def test_serves_a_tag_of_the_hub_and_again_from_the_cache_without_it(repo: tuple[str, str], local_hub: Any, tmp_path: Path) -> None:
     name, commit = repo
-    arguments = ("--model", name, "--revision", "v1", "--device", "cpu")
+    arguments = ("--model", name, "--revision", "v1", "--device", "cpu", "--engine", "onnxruntime")
     with Serve(*arguments, env={**local_hub.env, "HF_HOME": str(tmp_path)}) as serve:
         answer = serve.client.post("/predict", json={"text": "Oil prices rise"})
         assert answer.status_code == 200
@@ -131,6 +132,7 @@ def test_serves_a_tag_of_the_hub_and_again_from_the_cache_without_it(repo: tuple
     assert files == ["config.json", "golden.json", "onnx/model.onnx", "tokenizer.json", "tokenizer_config.json"]  # and no more
     with Serve(*arguments, env={"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}) as serve:
         assert serve.client.post("/predict", json={"text": "Oil prices rise"}).json() == answer.json()
+        assert "cannot be reached" in serve.client.get("/info").json()["updates"]["fallback"]
 
 
 @pytest.mark.parametrize(
@@ -182,7 +184,7 @@ def test_serves_without_torch_and_transformers(release_dir: Path, tmp_path: Path
         "from serve.__main__ import main; sys.exit(main())"
     )
     with Serve("--model", release_dir, program=("-c", program)) as serve:
-        assert serve.client.get("/info").json()["engine"] == "onnxruntime"
+        assert serve.client.get("/info").json()["engine"] in ("onnxruntime", "openvino-fp32", "openvino-bf16")
         assert serve.client.post("/predict", json={"text": "Oil prices rise"}).status_code == 200
     folder = variant(release_dir, tmp_path / "r", onnx=None)
     done = subprocess.run(
@@ -195,7 +197,7 @@ def test_the_requirements_are_the_versions_tested_here_and_hold_no_torch() -> No
     import importlib.metadata
 
     lines = [line for line in (ROOT / "serve" / "requirements.txt").read_text().splitlines() if line and not line.startswith("#")]
-    pins = dict(line.split("==") for line in lines)
+    pins = dict(line.partition(";")[0].strip().split("==") for line in lines)
     assert pins == {name: importlib.metadata.version(name) for name in pins}
     assert "torch" not in pins and "onnxruntime" in pins
 

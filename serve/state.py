@@ -1,0 +1,49 @@
+"""What the service remembers from one start to the next: small JSON files in a folder of its own.
+
+Engines' timings, proofs, the last revision that was proven, those that were refused. Nothing here is needed: without
+a folder that can be written, the service works and measures again at the next start.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from serve.settings import Settings
+
+log = logging.getLogger("serve")
+
+
+class State:
+    def __init__(self, settings: Settings) -> None:
+        # Beside the Hub's cache: what is remembered about a commit is of use only where its files are.
+        cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+        home = os.environ.get("HF_HOME") or f"{cache}/huggingface"
+        self.folder = Path(settings.state_dir or f"{home}/distrinews").expanduser()
+
+    def read(self, name: str) -> dict[str, Any]:
+        """What was written under `name`; empty where nothing was, or nothing that can be read."""
+        try:
+            found = json.loads((self.folder / f"{name}.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    def write(self, name: str, value: dict[str, Any]) -> None:
+        """Whole or not at all: a service that is killed here, or two that write at once, leave no half file."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            handle, fresh = tempfile.mkstemp(dir=self.folder, suffix=".tmp")
+            try:
+                with os.fdopen(handle, "w", encoding="utf-8") as file:
+                    json.dump(value, file, indent=1)
+                Path(fresh).replace(self.folder / f"{name}.json")
+            except OSError:
+                Path(fresh).unlink()  # a full disk must not fill up with these
+                raise
+        except OSError as error:
+            log.warning("nothing is remembered for the next start: %s cannot be written (%s)", self.folder, error.strerror)
