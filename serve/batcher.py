@@ -72,9 +72,10 @@ class Batcher:
 
     async def stop(self) -> None:
         """Ends at once; who still waits is refused."""
-        if self._task:
-            self._task.cancel()
-            await asyncio.wait([self._task])
+        task, self._task = self._task, None  # the two hold each other, and the engine's memory, until garbage is collected
+        if task:
+            task.cancel()
+            await asyncio.wait([task])
         self._worker.stop()
         _refuse(self._waiting, Refusal(503, "stopping", "The service is stopping; try again later.", retry_after=5))
 

@@ -113,6 +113,7 @@ class Life:
         if model.release.revision is not None and settings.watch_seconds and not is_fixed:
             self.watcher = Watcher(settings.model, settings.revision or "main", settings.watch_seconds)
         self._take(model)
+        del model  # this frame lasts as long as the service; the first model need not
         self._spawn(self._guard())
         await self._live()
 

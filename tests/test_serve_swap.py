@@ -3,7 +3,9 @@ the service in a process of its own, the Hub's own client, and a local Hub that 
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import gc
 import json
 import os
 import resource
@@ -11,6 +13,7 @@ import shutil
 import signal
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,11 @@ from serving import LABELS, Serve, make_release, variant
 
 from pipeline.local_hub.faults import Fault
 from pipeline.local_hub.process import HubProcess
+from serve.metrics import Metrics
+from serve.model import Model, load
+from serve.release import pull
+from serve.serving import Serving, retire
+from serve.settings import Settings
 
 pytestmark = pytest.mark.timeout(180)
 TOO_MANY = 6_000_000  # bytes of weights; the tiny release has 4 million
@@ -317,6 +325,31 @@ def test_a_signal_ends_it_in_the_middle_of_a_download_or_a_trial(
 
 
 # ---- engines
+
+
+def test_a_retired_model_gives_its_memory_back_at_once(release_dir: Path) -> None:
+    settings = Settings(str(release_dir), engine="onnxruntime")
+    model = load(pull(settings.model), settings)
+    engine = weakref.ref(model.engine)
+
+    async def serve_and_retire(model: list[Model]) -> None:
+        old = [Serving.begin(model.pop(), settings, Metrics(), lambda: None)]
+        with old[0].request():
+            retiring = asyncio.create_task(retire(old[0]))
+            await asyncio.sleep(0.2)
+            (row,) = await old[0].batcher.logits([[101, 102]], ["text"])  # who began with it is answered by it
+            assert row.shape == (len(LABELS),) and not retiring.done()
+        old.clear()
+        await asyncio.wait_for(retiring, 10)
+
+    held = [model]
+    del model
+    gc.disable()  # it may come late, and a model is large
+    try:
+        asyncio.run(serve_and_retire(held))
+        assert engine() is None
+    finally:
+        gc.enable()
 
 
 def test_the_engine_is_measured_once_and_remembered(release_dir: Path, tmp_path: Path) -> None:
