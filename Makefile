@@ -9,7 +9,7 @@ ARGS ?=
 # A smaller torch without CUDA, from PyTorch's own index: make setup TORCH_INDEX=https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart train train-ddp train-raw-ddp doctor parity crash-test training-speed bench-serve hub push predict serve test test-all lint clean
+.PHONY: help setup quickstart train train-ddp train-raw-ddp doctor parity crash-test training-speed bench-serve soak hub push predict serve test test-all lint clean
 
 help: ## List the targets
 	@echo "DistriNews: fine-tune a text classifier on one process or many, publish it to the Hub, serve it from there."
@@ -58,6 +58,9 @@ training-speed: $(VENV)/.requirements ## Trainer against raw, defaults against a
 
 bench-serve: $(VENV)/.requirements ## The service beside FastAPI + pipeline, LitServe and mosec (MODEL= ARGS="--quick --dataset ...")
 	@$(PY) -m benchmarks.bench_serve $(if $(MODEL),--model "$(MODEL)") $(ARGS)
+
+soak: $(VENV)/.requirements ## The service under load while it is swapped, broken and killed (SOAK=full: every fault)
+	@$(PY) -m benchmarks.soak $(if $(filter full,$(SOAK)),--full) $(ARGS)
 
 hub: $(VENV)/.requirements ## A Hub on this machine, in the foreground (ARGS="--port 8009")
 	@$(PY) -m pipeline.local_hub $(ARGS)

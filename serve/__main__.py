@@ -16,6 +16,7 @@ import signal
 import socket
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 import uvicorn
 
@@ -23,6 +24,7 @@ from serve import logs
 from serve.app import create_app
 from serve.errors import UserError
 from serve.life import Fatal
+from serve.machine import share_memory
 from serve.settings import Settings, parse
 
 log = logging.getLogger("serve")
@@ -47,8 +49,8 @@ def bind(settings: Settings) -> socket.socket:
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-    except OSError as error:
-        reason = error.strerror or error
+    except (OSError, UnicodeError) as error:  # UnicodeError: a name that no host can have
+        reason = getattr(error, "strerror", None) or error
         raise UserError(
             f"cannot listen on {settings.host}:{settings.port} ({reason}): give another --port (0 takes a free one) or --host."
         ) from error
@@ -59,13 +61,21 @@ def run(settings: Settings) -> None:
     """Serves until it is told to stop. Raises UserError, or whatever else kept the model from being loaded."""
     app = create_app(settings)
     config = uvicorn.Config(
-        app, log_config=None, log_level="warning", access_log=False, timeout_graceful_shutdown=DRAIN_SECONDS, server_header=False
+        app,
+        log_config=None,
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=DRAIN_SECONDS,
+        # Longer than the minute for which proxies keep theirs: a connection that both ends give up at once loses a request.
+        timeout_keep_alive=75,
+        server_header=False,
     )
     server = Server(config)
     app.state.service.on_failure = lambda: setattr(server, "should_exit", True)
-    # uvicorn raises the signal again once it has stopped; with these handlers that is not a second death.
+    # uvicorn puts its own handlers in place when it runs, and raises the signal again once it has stopped: it must not be
+    # lost before, and not be a second death after.
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: None)
+        signal.signal(number, lambda *_: setattr(server, "should_exit", True))
     with bind(settings) as listener:
         server.run(sockets=[listener])
     if app.state.service.failure:
@@ -73,18 +83,27 @@ def run(settings: Settings) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code of a mistake; a service that has served ends the process here."""
     try:
         settings = parse(sys.argv[1:] if argv is None else argv)
         logs.set_up(settings.log_format)
+        share_memory()
         run(settings)
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         return EXIT_USER_ERROR
     except Fatal as error:
         log.critical("the service ends: %s", error)
-        logging.shutdown()
-        os._exit(EXIT_ENGINE)  # at once: an engine that hangs could hang what Python and the libraries do at their end, too
-    return 0
+        end(EXIT_ENGINE)
+    end(0)
+
+
+def end(code: int) -> NoReturn:
+    """At once: Python would stop threads in the middle of a library's call, where an engine loads or computes, and abort."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """Brings texts that wait at the same time to the engine together.
 
-One batch runs at a time, in a thread of its own. While it runs, texts gather; when it ends, the next batch is made of
-the text that waited longest and those nearest to it in length. So an idle service answers at once, a busy one batches
-as much as its load asks for, and there is no waiting time to tune. All state belongs to the event loop: no locks.
+As many batches run at a time as the engine computes well beside each other, each in a thread of its own, its lane. While
+they run, texts gather; when one ends, the next is made of the text that waited longest and those nearest to it in length.
+So an idle service answers at once, a busy one batches as much as its load asks for, and there is no waiting time to
+tune. All state belongs to the event loop: no locks.
 
     batcher = Batcher(engine, canary, ...); batcher.start()
     rows = await batcher.logits([[101, 2023, 102]], ["text"])   # one row of logits per text, or Refusal
@@ -38,6 +39,13 @@ class Job:
     since: float = field(default_factory=time.monotonic)
 
 
+@dataclass(eq=False, slots=True)
+class Lane:
+    worker: Worker = field(default_factory=lambda: Worker("engine"))
+    began: float | None = None  # when the call the engine is in began
+    task: asyncio.Task[None] | None = None
+
+
 class Batcher:
     def __init__(
         self,
@@ -62,30 +70,33 @@ class Batcher:
         self._waiting: list[Job] = []  # in order of arrival
         self._pending = 0  # tokens accepted and not yet answered
         self._wake = asyncio.Event()
-        self._worker = Worker("engine")
-        self._task: asyncio.Task[None] | None = None
+        self._lanes = [Lane() for _ in range(engine.lanes)]
+        self._free = 0  # lanes without a batch
         self._dead: str | None = None
-        self._began: float | None = None  # when the call the engine is in began
 
     def start(self) -> None:
-        self._task = asyncio.get_running_loop().create_task(self._serve())
+        for lane in self._lanes:
+            lane.task = asyncio.get_running_loop().create_task(self._serve(lane))
 
     async def stop(self) -> None:
         """Ends at once; who still waits is refused."""
-        task, self._task = self._task, None  # the two hold each other, and the engine's memory, until garbage is collected
-        if task:
+        # A task and its batcher hold each other, and the engine's memory, until garbage is collected.
+        lanes, self._lanes = self._lanes, []
+        tasks = [lane.task for lane in lanes if lane.task]
+        for task in tasks:
             task.cancel()
-            await asyncio.wait([task])
-        self._worker.stop()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for lane in lanes:
+            lane.worker.stop()
         _refuse(self._waiting, Refusal(503, "stopping", "The service is stopping; try again later.", retry_after=5))
 
     def trouble(self) -> str | None:
         """Why this batcher cannot answer, or None. A stall passes when the engine comes back; death does not."""
         if self._dead:
             return self._dead
-        if self._task is None or self._task.done():
+        if not self._lanes or any(lane.task is None or lane.task.done() for lane in self._lanes):
             return "the batcher does not run"
-        if self._began is not None and time.monotonic() - self._began > self.stall_seconds:
+        if any(lane.began is not None and time.monotonic() - lane.began > self.stall_seconds for lane in self._lanes):
             return f"the engine has been busy with one batch for more than {self.stall_seconds:g} s"
         return None
 
@@ -130,17 +141,18 @@ class Batcher:
         self._pending += tokens
         self.metrics.queue.inc(tokens)  # while one model follows another there are two queues, and this is their sum
 
-    async def _serve(self) -> None:
+    async def _serve(self, lane: Lane) -> None:
         try:
             while True:
-                await self._wake.wait()
-                if batch := self._next_batch():
-                    try:
-                        await self._run(batch)
-                    finally:  # stopped or broken in the middle: nobody may be left waiting
-                        _refuse(batch, Refusal(503, "stopping", "The service is stopping; try again later.", retry_after=5))
-                else:
+                self._free += 1
+                while not (batch := self._next_batch()):
                     self._wake.clear()
+                    await self._wake.wait()
+                self._free -= 1
+                try:
+                    await self._run(lane, batch)
+                finally:  # stopped or broken in the middle: nobody may be left waiting
+                    _refuse(batch, Refusal(503, "stopping", "The service is stopping; try again later.", retry_after=5))
         except asyncio.CancelledError:
             raise
         except Exception as error:
@@ -148,17 +160,17 @@ class Batcher:
             self._die(f"{type(error).__name__} in the batcher")
 
     def _next_batch(self) -> list[Job]:
-        """The oldest text and its nearest in length, as many as fit; takes them from those waiting."""
+        """The oldest text and its nearest in length, as many as fit and leave work for the other free lanes."""
         self._waiting = [job for job in self._waiting if not job.answer.done()]  # callers who went away
         if not self._waiting:
             return []
-        length = len(self._waiting[0].ids)
+        length, most = len(self._waiting[0].ids), math.ceil(len(self._waiting) / self._free)
         batch: list[Job] = []
         longest = tokens = 0
         for job in sorted(self._waiting, key=lambda job: abs(len(job.ids) - length)):  # stable: the older of equals first
             longest, tokens = max(longest, len(job.ids)), tokens + len(job.ids)
             area = self._padded(longest) * (len(batch) + 1)
-            if batch and (area > self.batch_tokens or area - tokens > self.engine.max_padding * area):
+            if batch and (len(batch) == most or area > self.batch_tokens or area - tokens > self.engine.max_padding * area):
                 break
             batch.append(job)
         taken = set(map(id, batch))
@@ -171,36 +183,38 @@ class Batcher:
     def _padded(self, length: int) -> int:
         return -(-length // self.engine.length_step) * self.engine.length_step
 
-    async def _run(self, batch: list[Job]) -> None:
+    async def _run(self, lane: Lane, batch: list[Job]) -> None:
         """Answers every job of `batch`. A batch that fails is halved until the text that does it stands alone."""
         batch = [job for job in batch if not job.answer.done()]
-        if not batch:
+        if self._dead:
+            _refuse(batch, _down())
+        if self._dead or not batch:
             return
         try:
-            rows = await self._compute([job.ids for job in batch])
+            rows = await self._compute(lane, [job.ids for job in batch])
         except Exception as error:
             self.metrics.failures.inc()
             if len(batch) == 1:
-                await self._blame(batch[0], error)
+                await self._blame(lane, batch[0], error)
             else:
                 half = len(batch) // 2
-                await self._run(batch[:half])
-                await self._run(batch[half:])
+                await self._run(lane, batch[:half])
+                await self._run(lane, batch[half:])
             return
         for job, row in zip(batch, rows, strict=True):
             if not np.isfinite(row).all():
-                await self._blame(job, ArithmeticError("logits that are not finite"))
+                await self._blame(lane, job, ArithmeticError("logits that are not finite"))
             elif not job.answer.done():
                 job.answer.set_result(row)
 
-    async def _compute(self, texts: Batch) -> Logits:
-        self._began = began = time.monotonic()
+    async def _compute(self, lane: Lane, texts: Batch) -> Logits:
+        lane.began = began = time.monotonic()
         try:
-            rows = await self._worker.run(self.engine.logits, texts)
+            rows = await lane.worker.run(self.engine.logits, texts)
         finally:
-            self._began = None
+            lane.began = None
         seconds, tokens = max(time.monotonic() - began, 1e-6), sum(map(len, texts))
-        self._speed += 0.2 * (tokens / seconds - self._speed)  # what admission and Retry-After reckon with
+        self._speed += 0.2 * (self.engine.lanes * tokens / seconds - self._speed)  # what admission and Retry-After reckon with
         padded = len(texts) * self._padded(max(map(len, texts)))
         self.metrics.batch_texts.observe(len(texts))
         self.metrics.batch_tokens.observe(padded)
@@ -209,10 +223,10 @@ class Batcher:
         self.metrics.engine_seconds.inc(seconds)
         return rows
 
-    async def _blame(self, job: Job, error: Exception) -> None:
+    async def _blame(self, lane: Lane, job: Job, error: Exception) -> None:
         """The engine failed on this text alone. If it still answers the canary, it is the text; else the engine is dead."""
         try:
-            healthy = bool(np.isfinite(await self._compute([self.canary])).all())
+            healthy = bool(np.isfinite(await self._compute(lane, [self.canary])).all())
         except Exception:
             healthy = False
         # The error's own text may quote the input, so the log gets its kind alone.
@@ -221,20 +235,24 @@ class Batcher:
         log.warning("the model failed on a text of %d tokens: %s", len(job.ids), type(error).__name__)
         if not job.answer.done():
             job.answer.set_result(
-                Refusal(503, "engine_down", "The engine failed; try again later.", retry_after=10)
-                if not healthy
-                else Refusal(422, "text_fails", "The model cannot compute an answer for this text.", field=job.name)
+                _down() if not healthy else Refusal(422, "text_fails", "The model cannot compute an answer for this text.", field=job.name)
             )
 
     def _die(self, reason: str) -> None:
+        if self._dead:
+            return
         log.error("%s; no predictions from now on", reason)
         self._dead = reason
         self.on_death()
-        _refuse(self._waiting, Refusal(503, "engine_down", "The engine failed; try again later.", retry_after=10))
+        _refuse(self._waiting, _down())
 
 
 def overload(seconds: int) -> Refusal:
     return Refusal(429, "overloaded", f"The queue is full; try again in {seconds} s.", retry_after=seconds)
+
+
+def _down() -> Refusal:
+    return Refusal(503, "engine_down", "The engine failed; try again later.", retry_after=10)
 
 
 def _refuse(jobs: Sequence[Job], refusal: Refusal) -> None:

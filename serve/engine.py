@@ -6,7 +6,8 @@ begin with first; which of them is fastest is measured by `serve.choice`, and no
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -32,6 +33,7 @@ class Engine(Protocol):
     batch_tokens: int  # padding included
     max_padding: float  # share of a batch, 0-1
     length_step: int  # texts are padded to a multiple of it
+    lanes: int  # batches that it computes well at the same time, each in a thread of its own
 
     def logits(self, texts: Batch) -> Logits: ...
 
@@ -76,7 +78,7 @@ class OnnxEngine:
     """The ONNX file on ONNX Runtime's CPU provider, in fp32, with the transformer fusions it makes as it loads."""
 
     device, precision = "cpu", "fp32"
-    batch_tokens, max_padding, length_step = 1024, 0.1, 1
+    batch_tokens, max_padding, length_step, lanes = 1024, 0.1, 1, 1
 
     def __init__(self, name: str, path: Path, pad_id: int, threads: int) -> None:
         """Raises ValueError for a graph with other inputs or outputs; onnxruntime's own error for a broken file."""
@@ -101,42 +103,70 @@ class OnnxEngine:
 
 
 class OpenVinoEngine:
-    """The ONNX file on OpenVINO's CPU plugin, in fp32 or, with half the memory traffic and on AMX units, bf16."""
+    """The ONNX file on OpenVINO's CPU plugin, in fp32 or, with half the memory traffic and on AMX units, bf16.
+
+    In bf16 a batch is so short that threads wait for each other more than they compute: batches run side by side, one
+    core each, and two cores give 1.3 to 1.9 times as many answers. A text alone gets all cores. In fp32 neither gains.
+    """
 
     device = "cpu"
     # It prepares every shape it meets, which costs time, and keeps it, which costs memory (1 GiB and growing in a
     # measurement without these two): lengths are rounded up to a multiple, and what is kept is bounded.
     length_step, SHAPES_KEPT = 8, 64
-    batch_tokens, max_padding = 1024, 0.2
+    max_padding = 0.2
+    MOST_LANES = 4
 
     def __init__(self, name: str, path: Path, pad_id: int, positions: int, precision: str, threads: int) -> None:
         """Raises ValueError for a graph with other inputs or outputs; OpenVINO's own error for a broken file."""
         import openvino
 
         self.name, self.precision, self.threads, self.pad_id, self.positions = name, precision, threads, pad_id, positions
+        core = openvino.Core()
+        model = core.read_model(path)
+        self._inputs = [entry.any_name for entry in model.inputs]
+        _check_graph(self._inputs, [entry.any_name for entry in model.outputs])
         options = {
             "INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32",
             "INFERENCE_NUM_THREADS": threads,
-            "NUM_STREAMS": 1,
             "CPU_RUNTIME_CACHE_CAPACITY": self.SHAPES_KEPT,
             "ENABLE_CPU_PINNING": False,  # pinned threads wait for a core that a neighbour holds while another is free
         }
-        compiled = openvino.Core().compile_model(str(path), "CPU", options)
-        self._inputs = [entry.any_name for entry in compiled.inputs]
-        _check_graph(self._inputs, [entry.any_name for entry in compiled.outputs])
-        self._request = compiled.create_infer_request()
+        self.lanes = min(threads, self.MOST_LANES) if precision == "bf16" else 1
+        self.batch_tokens = 1024 if self.lanes == 1 else 512
+        if precision == "bf16":
+            # What `openvino.save_model` does to a file: fp16 holds more digits than bf16 will use, in half the memory.
+            from openvino._offline_transformations import compress_model_transformation
+
+            compress_model_transformation(model)
+        self._alone = core.compile_model(model, "CPU", {**options, "NUM_STREAMS": 1})
+        if precision == "bf16" and self._alone.get_property("INFERENCE_PRECISION_HINT") != openvino.Type.bf16:
+            raise ValueError("OpenVINO does not compute in bf16 on this CPU")
+        self._beside = core.compile_model(model, "CPU", {**options, "NUM_STREAMS": self.lanes}) if self.lanes > 1 else self._alone
+        self._requests = threading.local()  # one request runs one batch at a time, so each thread has its own
+        self._running = 0  # calls at this moment; not exact to the last call, and it need not be
 
     def logits(self, texts: Batch) -> Logits:
         length = -(-max(map(len, texts)) // self.length_step) * self.length_step
         feed = _feed(texts, self.pad_id, self._inputs, min(length, self.positions))
-        answer = self._request.infer(feed, share_inputs=True)
+        request = self._request("alone" if self._running == 0 and len(texts) == 1 else "beside")
+        self._running += 1
+        try:
+            answer = request.infer(feed, share_inputs=True)
+        finally:
+            self._running -= 1
         return np.array(answer["logits"], np.float32)  # a copy: the request's own memory is written over by the next batch
+
+    def _request(self, kind: str) -> Any:
+        if not hasattr(self._requests, kind):
+            model = self._alone if kind == "alone" else self._beside
+            setattr(self._requests, kind, model.create_infer_request())
+        return getattr(self._requests, kind)
 
 
 class TorchEngine:
     """`model.safetensors` on transformers, on a GPU or on the CPU."""
 
-    length_step = 1
+    length_step = lanes = 1
 
     def __init__(self, name: str, folder: Path, pad_id: int, device: str, precision: str, threads: int) -> None:
         import torch
@@ -221,12 +251,22 @@ def known(settings: Settings, release: Weights) -> list[str]:
     return wanted
 
 
+def last_resort(settings: Settings, release: Weights) -> Iterator[str]:
+    """torch in fp32, where it is installed and nothing that was known serves; asked for only then, since it fetches weights."""
+    asked = settings.engine == "auto" and not on_gpu(settings) and has("torch", "transformers")
+    if asked and has_onnx(settings, release) and release.fetch("model*.safetensors*"):
+        yield "torch-fp32"
+
+
 def has_onnx(settings: Settings, release: Weights) -> bool:
     return (has("onnxruntime") or has("openvino")) and release.fetch(ONNX_FILE)
 
 
 def _require(name: str, settings: Settings, release: Weights) -> None:
-    library = name.partition("-")[0]
+    library, _, precision = name.partition("-")
+    if precision == "bf16" and not on_gpu(settings) and not computes_bf16():
+        fp32 = f"{library}-fp32"
+        raise UserError(f"--engine is {name}, and this CPU has no instructions for bf16: give --engine {fp32}, or leave it out.")
     if library != "torch":
         if not has(library):
             raise UserError(f"--engine is {name}, and {library} is not installed here: pip install {library}, or leave --engine out.")
@@ -234,7 +274,7 @@ def _require(name: str, settings: Settings, release: Weights) -> None:
             raise UserError(f"the release has no {ONNX_FILE}, which --engine {name} needs: publish it with one, or leave --engine out.")
         return
     if not has("torch", "transformers"):
-        why = f"--engine is {name}" if settings.engine == name else "the release has no ONNX file"
+        why = f"--engine is {name}" if settings.engine == name else "the release has no ONNX file, or nothing here that runs it"
         why = "--device is cuda" if settings.device == "cuda" else why
         raise UserError(
             f"{why}, and torch or transformers is not installed here: pip install torch transformers, "

@@ -9,6 +9,7 @@ import platform
 import time
 from pathlib import Path
 
+from serve.proof import MAX_NEIGHBOUR_CHANGE
 from serve.schemas import InfoAnswer
 from serve.service import Service
 
@@ -50,6 +51,8 @@ def info(service: Service) -> InfoAnswer:
                 "agreement_allowed": settings.min_agreement,
                 "max_probability_change": proof.max_probability_change,
                 "max_probability_change_allowed": settings.max_probability_change,
+                "max_neighbour_change": proof.max_neighbour_change,
+                "max_neighbour_change_allowed": MAX_NEIGHBOUR_CHANGE,
                 "seconds": round(proof.seconds, 3),
             },
             "rejected_engines": list(model.rejected),

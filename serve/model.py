@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from serve.engine import Batch, Engine, known, open_engine
+from serve.engine import Batch, Engine, known, last_resort, open_engine
 from serve.errors import UserError
 from serve.proof import Proof, prove
 from serve.release import Release, reading
@@ -35,11 +36,11 @@ def load(release: Release, settings: Settings, engines: Sequence[str] = (), *, p
     """
     tokenizer, golden = tokenized(release)
     rejected: list[str] = []
-    for name in engines or known(settings, release):
+    for name in itertools.chain(engines or known(settings, release), last_resort(settings, release)):
         try:
             engine = open_engine(name, release, settings)
             step = max(1, len(golden) // SAMPLE) if proven else 1
-            proof = prove(engine, golden[::step], release.golden_logits[::step])
+            proof = prove(engine, golden[::step], release.golden_logits[::step], neighbours=proven is None)
         except Exception as error:  # a broken file, a graph that does not fit, a GPU without memory: libraries raise anything
             rejected.append(f"{name}: {first_sentence(error)}")
         else:

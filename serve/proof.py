@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from serve.engine import Batch, Engine
+from serve.engine import Batch, Engine, Logits
 from serve.settings import Settings
 from serve.text import softmax
+
+ALONE = 32  # golden examples that are computed one by one and, in batches of any lengths, together
+MAX_NEIGHBOUR_CHANGE = 0.01  # most that a probability may depend on the texts it is batched with
 
 
 @dataclass(frozen=True)
@@ -21,11 +25,17 @@ class Proof:
     examples: int
     agreement: float  # share with the same label, 0-1
     max_probability_change: float
+    max_neighbour_change: float  # of a probability, in a batch against alone
     seconds: float
     tokens_per_second: float
 
     def complaint(self, settings: Settings) -> str | None:
         """What is wrong, or None when the engine may serve."""
+        if self.max_neighbour_change > MAX_NEIGHBOUR_CHANGE:
+            return (
+                f"a probability changes by {self.max_neighbour_change:.3f} with the texts it is batched with "
+                f"(allowed: at most {MAX_NEIGHBOUR_CHANGE})"
+            )
         if self.agreement >= settings.min_agreement and self.max_probability_change <= settings.max_probability_change:
             return None
         return (
@@ -34,22 +44,44 @@ class Proof:
         )
 
 
-def prove(engine: Engine, golden: Batch, expected: npt.NDArray[np.float64]) -> Proof:
-    """Compares the engine's answers to token ids `golden` with the logits `expected`, (examples, classes), of training."""
+def prove(engine: Engine, golden: Batch, expected: npt.NDArray[np.float64], neighbours: bool = True) -> Proof:
+    """Compares the engine's answers to token ids `golden` with the logits `expected`, (examples, classes), of training.
+
+    With `neighbours` also some of them alone and in batches of mixed lengths, where most is padding, with each other.
+    """
     started = time.perf_counter()
     actual = np.empty_like(expected)
-    for rows in by_length(golden, engine.batch_tokens):
-        actual[rows] = engine.logits([golden[row] for row in rows])
+    batches = list(by_length(golden, engine.batch_tokens))
+    for rows, logits in zip(batches, compute(engine, [[golden[row] for row in rows] for rows in batches]), strict=True):
+        actual[rows] = logits
     seconds = time.perf_counter() - started
-    change = np.abs(softmax(actual) - softmax(expected)).max()
+    some = golden[:: max(1, len(golden) // ALONE)] if neighbours else []
+    alone, mixed = ([row for batch in compute(engine, split) for row in batch] for split in (batched(some, 1), batched(some, 8)))
     return Proof(
         examples=len(golden),
         agreement=float((actual.argmax(axis=1) == expected.argmax(axis=1)).mean()),
-        # Not a number is as wrong as can be, and no comparison with it would say so.
-        max_probability_change=float(change) if np.isfinite(change) else 1.0,
+        max_probability_change=_change(actual, expected),
+        max_neighbour_change=_change(mixed, alone) if some else 0.0,
         seconds=seconds,
         tokens_per_second=sum(map(len, golden)) / seconds,
     )
+
+
+def compute(engine: Engine, batches: Sequence[Batch]) -> list[Logits]:
+    """The logits of every batch, as many batches at a time as the engine has lanes."""
+    with ThreadPoolExecutor(engine.lanes) as pool:
+        return list(pool.map(engine.logits, batches))
+
+
+def batched(texts: Batch, size: int) -> list[Batch]:
+    return [texts[start : start + size] for start in range(0, len(texts), size)]
+
+
+def _change(actual: npt.ArrayLike, expected: npt.ArrayLike) -> float:
+    """The largest change of a probability between two sets of logits, (examples, classes)."""
+    change = np.abs(softmax(actual) - softmax(expected)).max()
+    # Not a number is as wrong as can be, and no comparison with it would say so.
+    return float(change) if np.isfinite(change) else 1.0
 
 
 def by_length(texts: Batch, batch_tokens: int) -> Iterator[list[int]]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from serve.batcher import Batcher
+from serve.machine import trim_memory
 from serve.metrics import Metrics
 from serve.model import Model
 from serve.release import Release
@@ -63,10 +63,4 @@ async def retire(old: Serving) -> None:
         await asyncio.sleep(0.05)
     await old.batcher.stop()
     del old
-    await in_thread("trim", _trim)
-
-
-def _trim() -> None:
-    """The C library keeps freed memory for itself unless it is asked; a model's worth of it would be lost to others."""
-    with contextlib.suppress(OSError, AttributeError):  # not glibc
-        ctypes.CDLL(None).malloc_trim(0)
+    await in_thread("trim", trim_memory)

@@ -17,13 +17,13 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from serve.engine import Batch, Engine, open_engine
+from serve.engine import Batch, open_engine
 from serve.model import first_sentence, tokenized
-from serve.proof import Proof, by_length, prove
+from serve.proof import Proof, by_length, compute, prove
 from serve.release import Release, pull
 from serve.settings import Settings
 
@@ -51,7 +51,9 @@ async def run(release: Release, engine: str, settings: Settings) -> Trial:
     """Tries `engine` on the files of `release` that are here. Cancelled, the process is killed."""
     command = (sys.executable, "-m", "serve.trial")
     asked = {"folder": str(release.folder), "engine": engine, "settings": dataclasses.asdict(settings)}
-    process = await asyncio.create_subprocess_exec(*command, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE)
+    process = await asyncio.create_subprocess_exec(
+        *command, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, start_new_session=True
+    )  # Ctrl-C is ours to handle
     try:
         out, _ = await asyncio.wait_for(process.communicate(json.dumps(asked).encode()), SECONDS)
     except TimeoutError:
@@ -82,24 +84,24 @@ def try_engine(release: Release, name: str, settings: Settings) -> Trial:
     if complaint := proof.complaint(settings):
         return Trial(name, complaint, proof)
     full: list[Batch] = [[golden[row] for row in rows] for rows in by_length(golden, engine.batch_tokens)]
-    return Trial(name, None, proof, _speed(engine, [[text] for text in golden[:: max(1, len(golden) // 32)]]), _speed(engine, full))
+    singles = golden[:: max(1, len(golden) // 32)]
+    single = _speed(singles, lambda: [engine.logits([text]) for text in singles])
+    return Trial(name, None, proof, single, _speed(golden, lambda: compute(engine, full)))
 
 
-def _speed(engine: Engine, batches: Sequence[Batch]) -> float:
+def _speed(texts: Batch, work: Callable[[], object]) -> float:
     """Tokens per second, the better of two passes: the first also pays for shapes that were not met before."""
-    tokens = sum(len(text) for batch in batches for text in batch)
     best = math.inf
     for _ in range(2):
         started = time.perf_counter()
-        for batch in batches:
-            engine.logits(batch)
+        work()
         best = min(best, time.perf_counter() - started)
-    return tokens / best
+    return sum(map(len, texts)) / best
 
 
 def main() -> None:
     asked: dict[str, Any] = json.load(sys.stdin)
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, AttributeError):  # AttributeError: not on Windows
         os.nice(NICE)
     # What a library prints must not stand in the answer.
     answer, sys.stdout = sys.stdout, sys.stderr

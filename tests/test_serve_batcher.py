@@ -23,6 +23,7 @@ class HandEngine:
     """Answers (first id, length) for every text, so that a mixed-up answer shows."""
 
     name, device, precision, threads, batch_tokens, max_padding, length_step = "hand", "cpu", "fp32", 1, 100, 0.25, 1
+    lanes = 1
 
     def __init__(self) -> None:
         self.open = threading.Event()

@@ -12,7 +12,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,18 @@ class NotRun(Exception):
     """The event cannot be had on this machine; its text says why."""
 
 
+def complaints(tally: Tally, excuse: Callable[[Lost], bool], expected: Collection[str]) -> list[str]:
+    """What of it must not be: anything wrong, requests lost but those excused, refusals but for a full queue and those expected."""
+    found = [f"{len(tally.wrong)} wrong: {tally.wrong[0]}"] if tally.wrong else []
+    if lost := [one for one in tally.lost if not excuse(one)]:
+        found.append(f"{len(lost)} lost: {lost[0].what} after {lost[0].ended - lost[0].sent:.2f} s")
+    if refused := {code: count for code, count in tally.refused.items() if code not in {"overloaded", *expected}}:
+        found.append(f"refused without need: {refused}")
+    if not tally.answers:
+        found.append("not one answer")
+    return found
+
+
 class Events:
     """`current` is the commit that has to serve; `truth` of every commit lies with the load."""
 
@@ -58,6 +70,7 @@ class Events:
         self.hub, self.line, self.service, self.releases, self.repo = hub, line, service, releases, repo
         self.api = HfApi(endpoint=hub.url, token=hub.token)
         self.rows: list[Row] = []
+        self.pushed = {"good": 0, "bad": 0}
         self.current = ""
         self.before = ""  # what served before it
         self.truths: dict[str, Probabilities] = {}
@@ -84,26 +97,14 @@ class Events:
         if problem := await self._mend():
             held, happened = False, f"{happened}; {problem}"
         tally = self.load.take()
-        if complaints := self._complaints(tally):
-            held, happened = False, "; ".join([happened, *complaints])
+        if found := complaints(tally, self.excuse, self.expected):
+            held, happened = False, "; ".join([happened, *found])
         excused = sum(self.excuse(one) for one in tally.lost)
         row = Row(name, happened, held, round(seconds, 2), tally.answers, round(1000 * tally.slowest, 1), dict(tally.refused), excused)
         self.rows.append(row)
         say(
             f"{'held' if held else 'NOT HELD'}  {name}: {happened} ({seconds:.1f} s, {tally.answers} answers, slowest {row.slowest_ms:.0f} ms)"
         )
-
-    def _complaints(self, tally: Tally) -> list[str]:
-        found = [f"{len(tally.wrong)} wrong: {tally.wrong[0]}"] if tally.wrong else []
-        if lost := [one for one in tally.lost if not self.excuse(one)]:
-            one = lost[0]
-            found.append(f"{len(lost)} lost: {one.what} after {one.ended - one.sent:.2f} s")
-        down = {code: count for code, count in tally.refused.items() if code not in {"overloaded", *self.expected}}
-        if down:
-            found.append(f"refused without need: {down}")
-        if not tally.answers:
-            found.append("not one answer")
-        return found
 
     async def _mend(self) -> str | None:
         """All faults off; the service serves `current` again, in a new process if need be. What had to be done for it, or None."""
@@ -138,6 +139,7 @@ class Events:
         return str(done.oid)
 
     def learn(self, commit: str, truth: Probabilities | None) -> None:
+        self.pushed["bad" if truth is None else "good"] += 1
         if truth is not None:
             self.truths[commit] = truth
         self.load.learn(commit, truth)
@@ -169,7 +171,7 @@ class Events:
         seconds = await until(lambda: self.service.refuses(commit), f"{commit[:8]} is refused")
         await self.stays()
         reason = next(one["reason"] for one in (await self.service.info())["updates"]["refused"] if one["commit"] == commit)
-        return f"refused after {seconds:.1f} s ({' '.join(reason.split())[:90]}...), the old one serves on"
+        return f"refused after {seconds:.1f} s ({' '.join(reason.split('golden examples: ')[-1].split())[:100]}...), the old one serves on"
 
     async def only_readme(self) -> str:
         seen = len(self.service.said())
@@ -299,24 +301,31 @@ class Events:
     async def hub_slow(self) -> str:
         self.line.bytes_per_second = 400_000
         seconds = await self.taken(await self.push(*self.releases.good()))
-        return f"0.4 MB/s: the new one serves {seconds:.1f} s after the push, the old one until then"
+        return f"0.4 MB/s at most: the new one serves {seconds:.1f} s after the push, the old one until then"
 
     # ---- the process
 
-    async def sigterm(self) -> str:
+    async def sigterm(self, full_hands: bool) -> str:
+        """With `full_hands` every caller waits for an answer when the signal comes, and the engine takes another second."""
+        stuck = None
+        if full_hands:
+            stuck = self.flag("hang")
+            await until(lambda: self.load.waiting == self.load.connections, "every caller waits")
         self.expected = RESTARTED
-        sent = time.monotonic()
+        sent, waiting = time.monotonic(), self.load.waiting
         self.excuse = lambda one: one.sent >= sent  # who comes later may find nobody
-        answers = self.load.tally.answers
-        code, seconds = await self.service.end(signal.SIGTERM)
-        answered = self.load.tally.answers - answers
+        ending = asyncio.create_task(self.service.end(signal.SIGTERM))
+        if stuck:
+            await asyncio.sleep(1)
+            stuck.unlink()
+        code, seconds = await ending
         if code != 0 or seconds > DRAIN_SECONDS:
             raise NotHeld(f"exit code {code} after {seconds:.1f} s, expected 0 within {DRAIN_SECONDS:.0f} s")
         again = await self.service.start()
         if not await self.service.serves(self.current):
             raise NotHeld(f"{self.current[:8]} does not serve after the restart")
         await self.load.answered(self.current)
-        return f"exit code 0 after {seconds:.1f} s, {answered} answers from the signal on; started again, {self.current[:8]} serves after {again:.1f} s"
+        return f"{waiting} were waiting, exit code 0 after {seconds:.1f} s; started again, {self.current[:8]} serves after {again:.1f} s"
 
     async def sigkill(self) -> str:
         """In the middle of taking a new commit; at the restart there is no Hub."""
@@ -381,6 +390,7 @@ class Events:
     def summary(self) -> dict[str, Any]:
         return {
             "rows": [asdict(row) for row in self.rows],
+            "pushed": self.pushed,
             "held": all(row.held is not False for row in self.rows),
             "memory_mib": [[round(weight, 1) for weight in process] for process in self.service.memory],
         }

@@ -22,7 +22,7 @@ from benchmarks.soak.releases import Probabilities
 TIMEOUT_SECONDS = 30.0  # far beyond the service's deadline for a request
 REFUSALS = {(429, "overloaded"), *((503, code) for code in ("loading", "too_slow", "engine_down", "stopping"))}
 POISON = "zebra"  # one token that no other text holds
-AT_ONCE_SECONDS = 0.25
+AT_ONCE_SECONDS = 0.25  # a request that fails sooner met a closed connection
 
 
 class Connection:
@@ -133,9 +133,11 @@ class Load:
     """`connections` callers, each with a pause of `pause` seconds on average between its requests."""
 
     def __init__(self, address: tuple[str, int], texts: Sequence[str], truth: Truth, connections: int = 16, pause: float = 0.05) -> None:
-        self.address, self.texts, self.truth, self.pause = address, texts, truth, pause
+        self.address, self.texts, self.truth = address, texts, truth
+        self.connections, self.pause = connections, pause
         self.tally = Tally()  # since it was last taken
         self.poison = False  # whether the text that an engine cannot take is among those asked
+        self.waiting = 0  # requests that are sent and not answered
         self._over = False
         self._callers = [asyncio.create_task(self._call(random.Random(number))) for number in range(connections)]
 
@@ -172,6 +174,7 @@ class Load:
         texts = [POISON] if is_poison else [self.texts[row] for row in rows]
         path, body = ("/predict", {"text": texts[0]}) if len(texts) == 1 else ("/predict/batch", {"texts": texts})
         sent, connected = time.monotonic(), connection.is_open
+        self.waiting += 1
         try:
             async with asyncio.timeout(TIMEOUT_SECONDS):
                 if not connected:
@@ -181,8 +184,9 @@ class Load:
         except (OSError, EOFError, ValueError) as error:  # TimeoutError is an OSError
             self.tally.lost.append(Lost(sent, time.monotonic(), type(error).__name__, connected))
             connection.close()
-            await asyncio.sleep(0.05)
             return
+        finally:
+            self.waiting -= 1
         self._judge(status, headers, content, rows, time.monotonic() - sent, sent)
 
     def _judge(self, status: int, headers: dict[str, str], content: bytes, rows: Sequence[int], seconds: float, sent: float) -> None:
