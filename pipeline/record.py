@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 from pipeline.config import TrainConfig
 from pipeline.topology import BatchPlan, Topology, allowed_cores
 
-PACKAGES = ("torch", "transformers", "accelerate", "datasets", "evaluate", "huggingface_hub", "tokenizers", "numpy", "onnx", "onnxruntime")
+PACKAGES = ("torch", "transformers", "accelerate", "datasets", "evaluate", "huggingface_hub", "tokenizers", "numpy", "onnx", "onnxruntime", "openvino")
 
 
 def evaluation_steps(steps_per_epoch: int, total_steps: int, evals_per_epoch: int) -> set[int]:
@@ -241,7 +241,7 @@ def surroundings() -> dict[str, Any]:
 def command_line() -> str:
     """The command of this run: the launcher's where `pipeline.launch` started it, else that of this process."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
-    alone = f"python -m {spec.name if spec else 'pipeline'} {shlex.join(sys.argv[1:])}".strip()
+    alone = f"python -m {spec.name.removesuffix('.__main__') if spec else 'pipeline'} {shlex.join(sys.argv[1:])}".strip()
     return os.environ.get("DISTRINEWS_COMMAND", alone)
 
 

@@ -26,6 +26,8 @@ def refused(error: Refusal) -> Response:
     headers = {"Retry-After": str(error.retry_after)} if error.retry_after else {}
     if error.status == 401:
         headers["WWW-Authenticate"] = 'ApiKey header="X-API-Key"'
+    if error.revision:
+        headers["X-Model-Revision"] = error.revision
     if error.message.isascii() and error.message.isprintable():
         headers["X-Error-Message"] = error.message  # where the Hugging Face clients look for it
     return json_answer({"code": error.code, "message": error.message, "field": error.field}, error.status, headers)

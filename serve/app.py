@@ -80,7 +80,8 @@ class Application(FastAPI):
 
     def __init__(self, service: Service, **options: Any) -> None:
         # FastAPI can report requests, with what they hold, to OpenTelemetry; here /metrics and the log say enough.
-        super().__init__(telemetry={"tracing": False, "metrics": False, "logs": False}, **options)
+        # A path with a slash too many is not there: a redirect would be an answer of another shape, which no page documents.
+        super().__init__(telemetry={"tracing": False, "metrics": False, "logs": False}, redirect_slashes=False, **options)
         self.service = self.state.service = service
 
     def build_middleware_stack(self) -> ASGIApp:
@@ -190,11 +191,14 @@ def _add_predictions(app: FastAPI, service: Service) -> None:
 def _add_operations(app: FastAPI, service: Service) -> None:
     settings, page = service.settings, PAGE.read_text(encoding="utf-8")
 
+    # Probes ask with HEAD; the server leaves the body out.
+    @app.head("/health", include_in_schema=False)
     @app.get("/health", tags=["operations"])
     async def health() -> HealthAnswer:
         """The process is alive; it may still be loading its model."""
         return HealthAnswer()
 
+    @app.head("/ready", include_in_schema=False)
     @app.get("/ready", responses={503: {"model": ReadyAnswer, "description": "Not ready"}}, tags=["operations"])
     async def ready(response: Response) -> ReadyAnswer:
         """A model is loaded, has proven itself on the release's golden examples, and its engine works."""
@@ -223,6 +227,7 @@ def _add_operations(app: FastAPI, service: Service) -> None:
         # In a context of its own: what it starts outlives this request and is not to be logged under its id.
         return RollbackAnswer(revision=await asyncio.create_task(service.rollback(), context=contextvars.Context()))
 
+    @app.head("/", include_in_schema=False)
     @app.get("/", response_class=HTMLResponse, tags=["operations"])
     async def demo() -> HTMLResponse:
         """The page to try it at."""

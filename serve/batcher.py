@@ -80,6 +80,7 @@ class Batcher:
 
     async def stop(self) -> None:
         """Ends at once; who still waits is refused."""
+        self._dead = self.trouble()  # who waits for an engine that is stuck hears that it is down, not that the service stops
         # A task and its batcher hold each other, and the engine's memory, until garbage is collected.
         lanes, self._lanes = self._lanes, []
         tasks = [lane.task for lane in lanes if lane.task]
@@ -88,7 +89,7 @@ class Batcher:
         await asyncio.gather(*tasks, return_exceptions=True)
         for lane in lanes:
             lane.worker.stop()
-        _refuse(self._waiting, Refusal(503, "stopping", "The service is stopping; try again later.", retry_after=5))
+        _refuse(self._waiting, self._end())
 
     def trouble(self) -> str | None:
         """Why this batcher cannot answer, or None. A stall passes when the engine comes back; death does not."""
@@ -152,7 +153,7 @@ class Batcher:
                 try:
                     await self._run(lane, batch)
                 finally:  # stopped or broken in the middle: nobody may be left waiting
-                    _refuse(batch, Refusal(503, "stopping", "The service is stopping; try again later.", retry_after=5))
+                    _refuse(batch, self._end())
         except asyncio.CancelledError:
             raise
         except Exception as error:
@@ -237,6 +238,9 @@ class Batcher:
             job.answer.set_result(
                 _down() if not healthy else Refusal(422, "text_fails", "The model cannot compute an answer for this text.", field=job.name)
             )
+
+    def _end(self) -> Refusal:
+        return _down() if self._dead else Refusal(503, "stopping", "The service is stopping; try again later.", retry_after=5)
 
     def _die(self, reason: str) -> None:
         if self._dead:

@@ -13,6 +13,7 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from serve import trial
 from serve.engine import known
@@ -65,11 +66,21 @@ async def measure(release: Release, settings: Settings, state: State, serving: s
     for line in choice.rejected():
         log.warning("not used: %s", line)
     log.info("engines by tokens per second: %s", ", ".join(f"{name} {speed:.0f}" for name, speed in good.items()) or "none proved itself")
-    every = state.read("engines")
-    every.pop(key := _key(release, settings), None)
-    every[key] = {"engine": best, "trials": [dataclasses.asdict(one) for one in trials]}
-    state.write("engines", dict(list(every.items())[-KEPT:]))
+    _remember(_key(release, settings), {"engine": best, "trials": [dataclasses.asdict(one) for one in trials]}, state)
     return choice
+
+
+def carry_over(old: Release, new: Release, settings: Settings, state: State) -> None:
+    """What was measured for `old` holds for `new`, a commit with the same files."""
+    if found := state.read("engines").get(_key(old, settings)):
+        _remember(_key(new, settings), found, state)
+
+
+def _remember(key: str, found: dict[str, Any], state: State) -> None:
+    every = state.read("engines")
+    every.pop(key, None)
+    every[key] = found
+    state.write("engines", dict(list(every.items())[-KEPT:]))
 
 
 def _key(release: Release, settings: Settings) -> str:

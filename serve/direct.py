@@ -24,6 +24,8 @@ from serve.validation import check_content, read
 
 # A watch costs a task and a wake-up; most answers are there before one is needed.
 WATCH_AFTER_SECONDS = 0.05
+# Shorter than the time for which the end of the process waits for requests: a caller who sends nothing must not hold it up.
+QUIET_SECONDS = 5.0
 
 
 class PredictionRoute(APIRoute):
@@ -62,25 +64,29 @@ def check_key(given: bytes | None, keys: Sequence[bytes]) -> None:
 
 
 async def read_body(receive: Receive, limit: int, seconds: float) -> bytes:
-    """At most `limit` bytes, all there within `seconds`. Raises Refusal; what comes after it the server throws away."""
-    message = await receive()
-    body: bytes = message.get("body", b"")
-    if message.get("more_body"):
-        try:
-            async with asyncio.timeout(seconds):
-                parts, size = [body], len(body)
-                while message.get("more_body") and size <= limit:
-                    message = await receive()
-                    parts.append(message.get("body", b""))
-                    size += len(parts[-1])
-                body = b"".join(parts)
-        except TimeoutError:
-            raise Refusal(408, "body_too_slow", f"The body was not there within {seconds:g} s; send it faster.") from None
+    """At most `limit` bytes, all there within `seconds`, without a break of QUIET_SECONDS.
+
+    Raises Refusal; what comes after it the server throws away.
+    """
+    now = asyncio.get_running_loop().time
+    end, parts, size = now() + seconds, list[bytes](), 0
+    try:
+        async with asyncio.timeout(min(seconds, QUIET_SECONDS)) as limited:
+            while True:
+                message = await receive()
+                parts.append(message.get("body", b""))
+                size += len(parts[-1])
+                if not message.get("more_body") or size > limit:
+                    break
+                limited.reschedule(min(end, now() + QUIET_SECONDS))
+    except TimeoutError:
+        least = f"The body was not there within {seconds:g} s, or nothing of it came for {QUIET_SECONDS:g} s; send it faster."
+        raise Refusal(408, "body_too_slow", least) from None
     if message["type"] == "http.disconnect":
         raise Refusal(499, "gone", "The caller hung up.")  # nobody reads this; it is counted
-    if len(body) > limit:
+    if size > limit:
         raise Refusal(413, "too_large", f"The request is larger than {limit} bytes, the most that is allowed.")
-    return body
+    return b"".join(parts)
 
 
 class _Watch:

@@ -144,6 +144,9 @@ class OpenVinoEngine:
         self._beside = core.compile_model(model, "CPU", {**options, "NUM_STREAMS": self.lanes}) if self.lanes > 1 else self._alone
         self._requests = threading.local()  # one request runs one batch at a time, so each thread has its own
         self._running = 0  # calls at this moment; not exact to the last call, and it need not be
+        # The library's first call must have no company: it sets up what it keeps once for all under a lock of its own, and
+        # two threads, one with that lock and one with the interpreter's, would wait for each other for ever.
+        self.logits([[pad_id]])
 
     def logits(self, texts: Batch) -> Logits:
         length = -(-max(map(len, texts)) // self.length_step) * self.length_step

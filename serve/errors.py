@@ -14,8 +14,11 @@ class Refusal(Exception):
     """A request that gets no prediction.
 
     `status` is the HTTP status, `code` a short word for programs, `message` a sentence for people, `field` the part of
-    the request it is about, `retry_after` whole seconds after which trying again makes sense.
+    the request it is about, `retry_after` whole seconds after which trying again makes sense, `revision` the commit
+    that judged the texts, where one did: another may serve when the answer is sent.
     """
+
+    revision: str | None = None
 
     def __init__(self, status: int, code: str, message: str, *, field: str | None = None, retry_after: int | None = None) -> None:
         super().__init__(message)

@@ -24,6 +24,7 @@ from serve.errors import UserError
 SMALL_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "golden.json")
 SMALL_BYTES = 64 << 20  # each
 WEIGHTS = re.compile(r"onnx/model\.onnx|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
+BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 SECONDS = 10  # for the Hub's answer to a question; downloads have the Hub client's own limits
 
 
@@ -45,15 +46,19 @@ class Listing:
 
 
 def endpoint() -> str:
-    return os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    """As messages name it: without the user and password that an address may hold."""
+    return re.sub(r"^(\w+://)?[^/]*@", r"\1", os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
 
 
 def head(repo: str, revision: str) -> str:
     """The commit that `revision` is now: one resolver request, of which the Hub allows thousands in five minutes."""
     from huggingface_hub import HfApi, hf_hub_url
+    from huggingface_hub.errors import RemoteEntryNotFoundError
 
     try:
         found = HfApi().get_hf_file_metadata(url=hf_hub_url(repo, "config.json", revision=revision), timeout=SECONDS)
+    except RemoteEntryNotFoundError as error:  # a commit nevertheless; what it lacks is said when it is fetched
+        return error.response.headers.get("X-Repo-Commit") or list_files(repo, revision).commit
     except Exception as error:
         raise explained(error, repo, revision) from error
     if not found.commit_hash:
@@ -121,21 +126,28 @@ def cached(repo: str, revision: str) -> Path | None:
 def remove_damaged(folder: Path) -> list[str]:
     """Removes files of a commit's folder in the cache that are not what the Hub sent, as after a power cut; their names.
 
-    The cache names a file's content by the Hub's ETag: its sha256, or for small files git's sha1.
+    The cache names a file's content by the Hub's ETag: its sha256, or for small files git's sha1. Other servers send
+    other ETags, which say nothing about the content. Raises Unavailable where a file cannot be read or removed.
     """
     damaged = []
     for path in [folder / name for name in SMALL_FILES] + [*folder.glob("onnx/model.onnx"), *folder.glob("model*.safetensors*")]:
         content = path.resolve()
-        if content.parent.name != "blobs" or not content.is_file():
+        if content.parent.name != "blobs" or not BLOB.fullmatch(content.name) or not content.is_file():
             continue
-        digest = hashlib.sha256() if len(content.name) == 64 else hashlib.sha1(b"blob %d\0" % content.stat().st_size)
-        with content.open("rb") as file:
-            while data := file.read(1 << 20):
-                digest.update(data)
-        if digest.hexdigest() != content.name:
-            path.unlink()
-            content.unlink()
-            damaged.append(path.name)
+        try:
+            digest = hashlib.sha256() if len(content.name) == 64 else hashlib.sha1(b"blob %d\0" % content.stat().st_size)
+            with content.open("rb") as file:
+                while data := file.read(1 << 20):
+                    digest.update(data)
+            if digest.hexdigest() != content.name:
+                content.unlink()
+                path.unlink()
+                damaged.append(path.name)
+        except OSError as error:
+            raise Unavailable(
+                f"{path.name} of {folder.name} may be damaged in the cache, and cannot be read or removed ({error.strerror}): "
+                "remove it, or set HF_HOME to a folder that can be written."
+            ) from error
     return damaged
 
 
@@ -144,6 +156,8 @@ def explained(error: Exception, repo: str, revision: str, fetching: bool = False
     from huggingface_hub import errors as hub
 
     at = f"the Hub at {endpoint()}"
+    # Who was just given the list of files and is not given the files: the commit is not to blame, and is not refused for it.
+    denied = Unavailable if fetching else UserError
     if isinstance(error, hub.HFValidationError):
         return UserError(f"'{repo}' is neither a folder here nor a Hub id: give owner/name, or the path of a release folder.")
     if isinstance(error, hub.RevisionNotFoundError):
@@ -153,9 +167,9 @@ def explained(error: Exception, repo: str, revision: str, fetching: bool = False
     if isinstance(error, hub.EntryNotFoundError) and not isinstance(error, hub.LocalEntryNotFoundError):
         return UserError(f"{repo} at {revision} is no release that can be served, it has no config.json: publish the release again.")
     if isinstance(error, hub.GatedRepoError):
-        return UserError(f"access to {repo} is gated: ask for it on the repository's page, then set HF_TOKEN.")
+        return denied(f"access to {repo} is gated: ask for it on the repository's page, then set HF_TOKEN.")
     if isinstance(error, hub.RepositoryNotFoundError):
-        return UserError(
+        return denied(
             f"no repository {repo} at {endpoint()}, or it is private: check the spelling (owner/name), "
             "or set HF_TOKEN to a token that may read it."
         )
@@ -165,7 +179,7 @@ def explained(error: Exception, repo: str, revision: str, fetching: bool = False
         status = error.response.status_code
         if status in (408, 429) or status >= 500:
             return Unavailable(f"{at} answered {status} for {repo}: try again later.", _seconds(error.response.headers.get("Retry-After")))
-        return UserError(f"{at} answered {status} for {repo}: check HF_TOKEN, or try again later.")
+        return denied(f"{at} answered {status} for {repo}: check HF_TOKEN, or try again later.")
     is_network = isinstance(error, ConnectionError | TimeoutError) or type(error).__module__.split(".")[0] in (
         "httpx",
         "httpx2",
@@ -178,9 +192,11 @@ def explained(error: Exception, repo: str, revision: str, fetching: bool = False
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return Unavailable(f"the disk is full while {repo} was fetched: free some space, or set HF_HOME to a folder with more.")
     if isinstance(error, OSError) and error.errno is not None:
-        return Unavailable(f"{repo} could not be stored ({error.strerror}: {error.filename}): set HF_HOME to a folder that can be written.")
+        return Unavailable(f"{repo} could not be stored ({error.strerror}): set HF_HOME to a folder that can be written.")
     if isinstance(error, OSError):  # the client's check of sizes
         return Unavailable(f"{repo} did not arrive whole: try again.")
+    if isinstance(error, ValueError | LookupError | TypeError):  # a page of HTML, or JSON of another shape
+        return Unavailable(f"what answers at {endpoint()} does not answer as the Hub does: check the network, a proxy, and HF_ENDPOINT.")
     return error
 
 

@@ -12,7 +12,7 @@ import contextlib
 import logging
 import re
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
 from serve import choice
@@ -59,6 +59,7 @@ class Life:
         self._main: asyncio.Task[None] | None = None
         self._others: set[asyncio.Task[Any]] = set()
         self._going_back = self._stopped = False
+        self._holds = 0  # how many keep the main task from running
 
     @property
     def fallback(self) -> str | None:
@@ -71,8 +72,7 @@ class Life:
     async def stop(self) -> None:
         """Ends at once, trials in child processes included; downloads are left to their threads, which end with the process."""
         self._stopped = True
-        await self._pause()
-        tasks = list(self._others)
+        tasks = [*self._others, *([self._main] if self._main else [])]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -85,16 +85,20 @@ class Life:
         task.add_done_callback(self._others.discard)
         return task
 
-    async def _pause(self) -> None:
-        """Drops what the main task is doing; it is done again later."""
-        main, self._main = self._main, None
-        if main:
-            main.cancel()
-            await asyncio.wait([main])
-
-    def _resume(self) -> None:
-        if self._main is None and not self._stopped:
-            self._main = asyncio.get_running_loop().create_task(self._live())
+    @contextlib.asynccontextmanager
+    async def _paused(self) -> AsyncIterator[None]:
+        """Drops what the main task is doing; it is done again when the last who asked for this has finished."""
+        self._holds += 1
+        try:
+            main, self._main = self._main, None
+            if main:
+                main.cancel()
+                await asyncio.wait([main])
+            yield
+        finally:
+            self._holds -= 1
+            if not self._holds and not self._stopped:
+                self._main = asyncio.get_running_loop().create_task(self._live())
 
     def _fail(self, error: Exception) -> None:
         self.failure = error
@@ -201,16 +205,18 @@ class Life:
         if self.revisions.reason(commit):
             return
         log.info("%s of %s is %s now: it is fetched and proven", settings.revision or "main", settings.model, commit)
-        kind = "release"
+        kind = ""
         try:
             async with asyncio.timeout(DOWNLOAD_SECONDS):
                 listing = await in_thread("hub", list_files, settings.model, commit)
+                kind = "release"
                 release = await in_thread("hub", fetched, listing, settings.revision, settings.max_model_bytes)
                 await in_thread("hub", known, settings, release)  # fetches the weights
             if release.contents() == old.model.release.contents():
                 self.serving = old.renamed(release)
                 self._changed(old)
                 log.info("%s takes over without loading: none of the files that serve has changed", commit)
+                await in_thread("loader", choice.carry_over, old.model.release, release, settings, self._state)
             else:
                 kind = "proof"
                 self._take(await self._loader.prove(release, prefer=old.model.engine.name, in_child=True))
@@ -221,6 +227,8 @@ class Life:
                 f"{commit} could not be fetched within {DOWNLOAD_SECONDS / 60:g} minutes; what has arrived is kept."
             ) from error
         except UserError as error:
+            if not kind:  # the Hub's answer, and not the commit, is what is wrong
+                raise
             if await self._loader.damaged(commit, error):
                 raise Unavailable(f"files of {commit} were damaged in the cache, and are fetched again.") from error
             self._loader.refuse(commit, kind, error)
@@ -234,32 +242,34 @@ class Life:
             raise Refusal(409, "rollback_running", "A rollback is under way; wait for it to end.")
         if self.serving is None:
             raise Refusal(503, "loading", "The model is still being loaded; try again in 2 s.", retry_after=2)
-        left, is_folder = self.serving.model.release.commit, self.serving.model.release.revision is None
-        back = next((commit for commit in self.revisions.proven() if commit != left), None)
-        if back is None or is_folder:
-            raise Refusal(409, "nothing_to_roll_back", "No other commit of this revision has served here: there is nothing to go back to.")
         self._going_back = True
         # In a task of its own: a caller who hangs up must not leave it half done.
-        return str(await asyncio.shield(self._spawn(self._roll_back(left, back))))
+        return str(await asyncio.shield(self._spawn(self._roll_back())))
 
-    async def _roll_back(self, left: str, back: str) -> str:
+    async def _roll_back(self) -> str:
         try:
-            await self._pause()
-            release = await in_thread("loader", kept, self.settings.model, self.settings.revision, back)
-            model = await self._loader.prove(release)
-        except UserError as error:
-            log.error("not rolled back: %s", error)
-            message = f"{back} cannot be served any more; {left} serves on. The service's log says why."
-            raise Refusal(409, "rollback_failed", message) from error
-        else:
-            self.revisions.refuse(left, "rolled back by the operator", always=True)
-            self.metrics.refusals.labels("rollback").inc()
-            self._loader.fallback = f"{left} was rolled back by the operator"
-            self._take(model)
-            return back
+            async with self._paused():
+                assert self.serving
+                leaving = self.serving.model.release  # only now: until it was paused, the watch could take a newer one
+                left = leaving.commit
+                back = next((commit for commit in self.revisions.proven() if commit != left), None)
+                if back is None or leaving.revision is None:
+                    message = "No other commit of this revision has served here: there is nothing to go back to."
+                    raise Refusal(409, "nothing_to_roll_back", message)
+                try:
+                    release = await in_thread("loader", kept, self.settings.model, self.settings.revision, back)
+                    model = await self._loader.prove(release)
+                except UserError as error:
+                    log.error("not rolled back: %s", error)
+                    message = f"{back} cannot be served any more; {left} serves on. The service's log says why."
+                    raise Refusal(409, "rollback_failed", message) from error
+                self.revisions.refuse(left, "rolled back by the operator", always=True)
+                self.metrics.refusals.labels("rollback").inc()
+                self._loader.fallback = f"{left} was rolled back by the operator"
+                self._take(model)
+                return back
         finally:
             self._going_back = False
-            self._resume()
 
     # ---- an engine that dies or hangs
 
@@ -274,10 +284,12 @@ class Life:
             is_dead, now = self._died.is_set(), time.monotonic()
             self._died.clear()
             assert self.serving
-            trouble = self.serving.batcher.trouble()
+            broken = self.serving
+            trouble = broken.batcher.trouble()
             since = (since or now) if trouble else None
             if trouble is None or since is None or not (is_dead or now - since > 2 * stall):  # trouble begins after 1 x stall
                 continue
+            await broken.batcher.stop()  # who waits for it is refused now, and not when the deadline has passed
             if now - recovered < AGAIN_SECONDS or (was_stuck and not is_dead):
                 self._fail(Fatal(f"{trouble}, again after it was loaded anew"))
                 return
@@ -285,17 +297,14 @@ class Life:
             recovered, was_stuck, since = now, was_stuck or not is_dead, None
             try:
                 async with asyncio.timeout(RELOAD_SECONDS):
-                    await self._reload(self.serving)
+                    await self._reload(broken)
             except Exception as error:
                 self._fail(Fatal(f"{trouble}, and it could not be loaded anew ({type(error).__name__}: {error})"))
 
     async def _reload(self, broken: Serving) -> None:
         release = broken.model.release
         log.warning("%s is loaded anew", release.commit)
-        await self._pause()
-        try:
+        async with self._paused():
             model = await self._loader.prove(release)
             if self.serving is broken:
                 self._take(model)
-        finally:
-            self._resume()

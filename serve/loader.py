@@ -13,7 +13,7 @@ from serve.engine import known
 from serve.errors import UserError
 from serve.hub import Unavailable, cached, list_files, remove_damaged
 from serve.metrics import Metrics
-from serve.model import Model, load
+from serve.model import Model, load, unproven
 from serve.release import Release, fetched, is_folder, kept, pull
 from serve.revisions import Revisions
 from serve.settings import Settings
@@ -38,7 +38,7 @@ class Loader:
             return await self.prove(await in_thread("loader", pull, settings.model, settings.revision))
         try:
             listing = await in_thread("hub", list_files, settings.model, settings.revision or "main")
-        except Unavailable as error:
+        except UserError as error:  # a Hub that is gone, and one that answers strangely: what was proven can serve
             return await self._fall_back(error)
         commit, proven = listing.commit, self.revisions.proven()
         if (reason := self.revisions.reason(commit)) and proven:
@@ -68,6 +68,8 @@ class Loader:
         for commit in [*commits, *([""] if isinstance(error, Unavailable) else [])]:
             try:
                 release = await in_thread("loader", kept, settings.model, settings.revision, commit)
+                if self.revisions.reason(release.commit):  # the cache's newest may be what an operator rolled back
+                    continue
                 model = await self.prove(release)
             except UserError as other:
                 if commit:
@@ -100,10 +102,7 @@ class Loader:
                     break
                 rejected.append(f"{name}: {one.rejected}")
             else:
-                raise UserError(
-                    f"{release.model} at {release.commit} did not prove itself on its golden examples: {'; '.join(rejected)}. "
-                    "Publish the release again, or serve another revision."
-                )
+                raise unproven(release, rejected)
         model = await in_thread("loader", lambda: load(release, settings, names, proven=proven))
         return dataclasses.replace(model, rejected=(*rejected, *model.rejected))
 
@@ -113,7 +112,10 @@ class Loader:
         log.error("refused, and not tried again: %s: %s", commit, error)
 
     async def damaged(self, commit: str, error: UserError) -> bool:
-        """Whether `error` came from damaged copies in the cache, which are now gone: the release is not to blame."""
+        """Whether `error` came from damaged copies in the cache, which are now gone: the release is not to blame.
+
+        Raises Unavailable where they cannot be removed.
+        """
         if isinstance(error, Unavailable) or (folder := cached(self.settings.model, commit)) is None:
             return False
         names = await in_thread("hub", remove_damaged, folder)

@@ -8,6 +8,7 @@ disable_created_metrics()  # type: ignore[no-untyped-call]  # a time stamp besid
 
 _SECONDS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+_TOKENS = tuple(16 << power for power in range(12))  # to the 32,768 of a GPU's batch
 
 
 class Metrics:
@@ -18,7 +19,7 @@ class Metrics:
         self.queue_wait = Histogram("distrinews_queue_wait_seconds", "A text's wait for its batch.", buckets=_SECONDS, registry=registry)
         self.batch_texts = Histogram("distrinews_batch_texts", "Texts in a batch.", buckets=_SIZES, registry=registry)
         self.batch_tokens = Histogram(
-            "distrinews_batch_tokens", "Tokens in a batch, padding included.", buckets=[16 * size for size in _SIZES], registry=registry
+            "distrinews_batch_tokens", "Tokens in a batch, padding included.", buckets=_TOKENS, registry=registry
         )
         self.tokens = Counter("distrinews_tokens", "Tokens computed, by kind: text or padding.", ["kind"], registry=registry)
         self.engine_seconds = Counter("distrinews_engine_seconds", "Time spent in the engine.", registry=registry)

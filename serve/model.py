@@ -49,7 +49,12 @@ def load(release: Release, settings: Settings, engines: Sequence[str] = (), *, p
                 return Model(release, tokenizer, engine, proven or proof, tuple(rejected), golden[0])
             rejected.append(f"{name}: {complaint}")
         proven = None
-    raise UserError(
+    raise unproven(release, rejected)
+
+
+def unproven(release: Release, rejected: Sequence[str]) -> UserError:
+    """`rejected` are the engines that were tried, each with the reason."""
+    return UserError(
         f"{release.model} at {release.commit} did not prove itself on its golden examples: {'; '.join(rejected)}. "
         "Publish the release again, or serve another revision."
     )

@@ -9,6 +9,7 @@ import contextlib
 import fnmatch
 import hashlib
 import json
+import os
 from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,10 +56,14 @@ class Release:
 
 def is_folder(model: str) -> bool:
     """Whether `model` is a release folder rather than a Hub id. Raises UserError for the path of a folder that is not there."""
-    path = Path(model).expanduser()
+    path = _local(model)
     if not path.is_dir() and (path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1):
         raise UserError(f"no folder {model}: give a release folder that exists, or a Hub id like owner/name.")
     return path.is_dir()
+
+
+def _local(model: str) -> Path:
+    return Path(os.path.expanduser(model))  # noqa: PTH111 (pathlib's raises for a user that does not exist)
 
 
 def pull(model: str, revision: str = "", max_model_bytes: int = DEFAULT_MODEL_BYTES) -> Release:
@@ -71,7 +76,7 @@ def pull(model: str, revision: str = "", max_model_bytes: int = DEFAULT_MODEL_BY
         return fetched(list_files(model, revision or "main"), revision, max_model_bytes)
     if revision:
         raise UserError(f"{model} is a folder, and --revision {revision} was given: a folder has no revisions, leave it out.")
-    path = Path(model).expanduser()
+    path = _local(model)
     return _read(Release(path.resolve().name, None, "", path, None), model)
 
 
@@ -116,7 +121,8 @@ def reading(name: str) -> Iterator[None]:
     except UserError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, OSError, RecursionError) as error:
-        detail = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        said = error.strerror if isinstance(error, OSError) else error  # an OSError also names the folder; this stands in /info
+        detail = " ".join(f"{type(error).__name__}: {said}".split())[:200]
         raise UserError(f"{name} of the release cannot be read ({detail}): publish the release again.") from error
 
 

@@ -62,7 +62,7 @@ class Service:
             return "the service has failed and is ending"
         if self._life.serving is None:
             return "the model is still being loaded"
-        return self._life.serving.batcher.trouble()
+        return self._life.serving.batcher.trouble() or self._tokenizing.trouble(self.settings.stall_seconds)
 
     def overloaded(self) -> int | None:
         """Whole seconds after which to try again, when no request can be taken now, or None."""
@@ -121,8 +121,13 @@ class Service:
                             limit = f"The text is longer than the {model.tokenizer.max_length} tokens that the model reads"
                             raise Refusal(422, "text_too_long", f"{limit}; shorten it, or leave `truncate` out.", field=field)
                     rows = await serving.batcher.logits([text.ids for text in tokens], fields)
+        except Refusal as error:
+            error.revision = model.release.commit
+            raise
         except TimeoutError as error:
             limit = f"{self.settings.deadline_seconds:g} s"
             less = "send fewer texts at once, or " if len(texts) > 1 else ""
-            raise Refusal(503, "too_slow", f"There was no answer within {limit}; {less}try again later.", retry_after=5) from error
+            refusal = Refusal(503, "too_slow", f"There was no answer within {limit}; {less}try again later.", retry_after=5)
+            refusal.revision = model.release.commit
+            raise refusal from error
         return Reply(model, tokens, np.stack(rows).astype(np.float64))

@@ -23,7 +23,8 @@ class State:
         # Beside the Hub's cache: what is remembered about a commit is of use only where its files are.
         cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
         home = os.environ.get("HF_HOME") or f"{cache}/huggingface"
-        self.folder = Path(settings.state_dir or f"{home}/distrinews").expanduser()
+        # pathlib's raises where there is no home, as for a user id that only the container's starter knows.
+        self.folder = Path(os.path.expanduser(settings.state_dir or f"{home}/distrinews"))  # noqa: PTH111
 
     def read(self, name: str) -> dict[str, Any]:
         """What was written under `name`; empty where nothing was, or nothing that can be read."""

@@ -15,9 +15,14 @@ import numpy.typing as npt
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from tokenizers import Tokenizer
+from tokenizers.models import WordPiece
+from tokenizers.normalizers import BertNormalizer
+from tokenizers.pre_tokenizers import BertPreTokenizer
 
 # transformers writes this (1e30) as model_max_length where a tokenizer knows no limit.
 NO_LIMIT = 1_000_000
+# Characters of a longer text that are read first: the model reads a few hundred tokens, and a megabyte takes seconds.
+START = 20_000
 
 
 class Tokens(NamedTuple):
@@ -40,13 +45,41 @@ class TextTokenizer:
             raise ValueError(error) from error
         # The file can hold settings of its own (MiniLM's pads everything to 128).
         self._tokenizer.no_padding()
-        self._tokenizer.enable_truncation(self.max_length, direction=config.get("truncation_side", "right"))
+        side = config.get("truncation_side", "right")
+        self._tokenizer.enable_truncation(self.max_length, direction=side)
         self._special = self._tokenizer.num_special_tokens_to_add(False)
+        self._unsettled = _unsettled(self._tokenizer) if side == "right" else None
 
     def encode(self, texts: Sequence[str]) -> list[Tokens]:
+        if self._unsettled is None:
+            return self._encode(texts)[0]
+        tokens, dropped = self._encode([text[:START] for text in texts])
+        whole = [i for i, text in enumerate(texts) if len(text) > START and dropped[i] <= self._unsettled]
+        for i in whole:  # one by one: long texts take much memory
+            (tokens[i],), _ = self._encode([texts[i]])
+        return tokens
+
+    def _encode(self, texts: Sequence[str]) -> tuple[list[Tokens], list[int]]:
+        """The tokens, and how many of each text's were cut off."""
         # The plain `encode` holds the interpreter's lock, for a second on a text of 1 MB: the event loop would stand still.
         encodings = self._tokenizer.encode_batch_fast(list(texts))
-        return [Tokens(one.ids, bool(one.overflowing), len(one.ids) <= self._special) for one in encodings]
+        rests = [one.overflowing for one in encodings]
+        tokens = [Tokens(one.ids, bool(rest), len(one.ids) <= self._special) for one, rest in zip(encodings, rests, strict=True)]
+        return tokens, [sum(len(part) - self._special for part in rest) for rest in rests]
+
+
+def _unsettled(tokenizer: Tokenizer) -> int | None:
+    """How many tokens at the end of a text's start may change with what follows; None where that cannot be told.
+
+    BERT's own steps see no further than a word, and a word gives at most `max_input_chars_per_word` tokens. The last word
+    may go on, and so may an added token such as [MASK], which else is a word or two a character.
+    """
+    model, added = tokenizer.model, tokenizer.get_added_tokens_decoder().values()
+    is_bert = isinstance(tokenizer.normalizer, BertNormalizer) and isinstance(tokenizer.pre_tokenizer, BertPreTokenizer)
+    if not (is_bert and isinstance(model, WordPiece)) or any(token.normalized for token in added):
+        return None
+    longest = max((len(token.content) for token in added), default=0)
+    return int((2 * longest + 1) * model.max_input_chars_per_word)
 
 
 def softmax(logits: npt.ArrayLike) -> npt.NDArray[np.float64]:

@@ -10,6 +10,7 @@ import asyncio
 import logging
 import random
 
+from serve.errors import UserError
 from serve.hub import Unavailable, head
 from serve.revisions import now
 from serve.worker import in_thread
@@ -46,7 +47,10 @@ class Watcher:
         self._failures += 1
         asked = error.retry_after if isinstance(error, Unavailable) else 0.0
         # The jitter must not undercut what the Hub asked for.
-        self._delay = max(self.seconds, min(RAREST, self.seconds * 2**self._failures), min(asked, 4 * RAREST) / (1 - JITTER))
-        if str(error) != self.hub:
-            log.warning("no newer revision can be looked for: %s", error)
-        self.hub = str(error)
+        rarer = self.seconds * 2 ** min(self._failures, 20)  # a power without bounds overflows when the Hub stays away for days
+        self._delay = max(self.seconds, min(RAREST, rarer), min(asked, 4 * RAREST) / (1 - JITTER))
+        # It stands in /info: what a defect says may quote anything.
+        said = str(error) if isinstance(error, UserError) else f"a defect of the service ({type(error).__name__}); its log says more"
+        if said != self.hub:
+            log.warning("no newer revision can be looked for: %s", said)
+        self.hub = said

@@ -176,6 +176,33 @@ def test_a_dead_engine_is_known_to_be_dead_and_told_once() -> None:
     with_batcher(test, on_death=lambda: deaths.append("dead"))
 
 
+def test_an_engine_that_dies_is_not_asked_again_for_every_text() -> None:
+    async def test(engine: HandEngine, batcher: Batcher) -> None:
+        engine.broken = True
+        with pytest.raises(Refusal, match="The engine failed"):
+            await ask(batcher, [text(i, 1) for i in range(64)])
+        assert len(engine.batches) <= 9  # 64 halved down to one text, and the canary
+
+    with_batcher(test)
+
+
+def test_lanes_share_what_waits_and_run_side_by_side() -> None:
+    async def test(engine: HandEngine, batcher: Batcher) -> None:
+        engine.open.clear()
+        rows = asyncio.create_task(ask(batcher, [text(i, 5) for i in range(8)]))
+        await asyncio.sleep(0.05)
+        assert [lane.began is not None for lane in batcher._lanes] == [True, True] and not batcher._waiting
+        engine.open.set()
+        assert [row[0] for row in await rows] == [1000 + i for i in range(8)]
+        assert sorted(map(len, engine.batches)) == [4, 4]
+
+    HandEngine.lanes = 2
+    try:
+        with_batcher(test)
+    finally:
+        HandEngine.lanes = 1
+
+
 def test_a_stuck_engine_shows_until_it_comes_back() -> None:
     async def test(engine: HandEngine, batcher: Batcher) -> None:
         first = await hold(engine, batcher)

@@ -18,20 +18,24 @@ AT_LEAST, AT_MOST = "at least", "at most"
 
 @dataclass(frozen=True)
 class Target:
-    """One bound. `figure` is None where the results do not have it; a bound meant for a CPU with AMX is told elsewhere, not judged."""
+    """One bound, or None and the reason why there is none.
+
+    `figure` is None where the results do not have it; a bound meant for a CPU with AMX is told elsewhere, not judged.
+    """
 
     title: str
     sense: str
-    bound: float
+    bound: float | None
     unit: str
     figure: float | None
     lowest: float | None = None
     highest: float | None = None
     judged: bool = True
+    reason: str = ""
 
     @property
     def held(self) -> bool | None:
-        if self.figure is None or not self.judged:
+        if self.figure is None or self.bound is None or not self.judged:
             return None
         return self.figure >= self.bound if self.sense == AT_LEAST else self.figure <= self.bound
 
@@ -104,6 +108,9 @@ def _start(results: Mapping[str, Any]) -> Iterator[Target]:
         yield _spread(f"First answer, {SERVERS[name].title}", bound, "s", servers.get(name, {}).get("first_answer_s"))
     for name in ("ours", "ours-onnxruntime", "ours-openvino", "ours-fp32"):
         yield Target(f"Peak memory, {SERVERS[name].title}", AT_MOST, 400, "MiB", servers.get(name, {}).get("peak_rss_mib"))
+    first = servers.get("ours", {}).get("first_peak_rss_mib")
+    reason = "the service and, once for a release on a machine, a child process that tries an engine"
+    yield Target("Peak memory of the very first start, this service", AT_MOST, None, "MiB", first, reason=reason)
 
 
 def _neighbour(results: Mapping[str, Any]) -> Iterator[Target]:

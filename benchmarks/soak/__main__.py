@@ -1,7 +1,7 @@
 """The service under load while it is swapped, broken, starved and killed: `make soak`, or `make soak SOAK=full`.
 
-    python -m benchmarks.soak                # a minute: 8 commits, 3 of them bad, and the cheaper faults
-    python -m benchmarks.soak --full         # five minutes: 22 commits, 3 of them bad, and every fault; writes benchmarks/soak.md
+    python -m benchmarks.soak                # a minute: 9 commits, 3 of them bad, and the cheaper faults
+    python -m benchmarks.soak --full         # five minutes: 24 commits, 3 of them bad, and every fault; writes benchmarks/soak.md
 
 Callers on 16 connections send texts all the while; every commit answers each text in a way of its own, so each answer
 shows which commit gave it. Ends with a table, and with exit code 1 where anything did not hold.
@@ -47,7 +47,7 @@ def plan(events: Events, full: bool, make: Callable[[str], ServiceProcess]) -> l
     # It comes while the newest commit is a bad one: the start must not fall for it either.
     term: Step = "SIGTERM with every caller waiting", partial(events.sigterm, True)
     kill: Step = "SIGKILL while a commit is taken, restart without a Hub", events.sigkill
-    if not full:  # `cut` and `kill` bring good commits, too: five in all
+    if not full:  # `cut` and `kill` bring good commits, too: five after the one that it begins with
         return [good, golden, good, one_text, half, cut, good, task, term, kill]
     commits: list[Step] = [
         good,
@@ -88,6 +88,7 @@ def plan(events: Events, full: bool, make: Callable[[str], ServiceProcess]) -> l
         term,
         good,
         kill,
+        ("process stands still", events.freeze),
         *engine,
         good,
         disk,
@@ -162,14 +163,16 @@ def table(results: Mapping[str, Any]) -> list[str]:
 def page(results: Mapping[str, Any]) -> str:
     """The page of a result, in Markdown."""
     rows = results["rows"]
+    versions = results["provenance"]["versions"]
+    engines = " and ".join(f"{name} {versions[name]}" for name in ("openvino", "onnxruntime") if versions.get(name))
     memory = "; ".join(f"{process[0]:.0f} to {process[-1]:.0f} MiB" for process in results["memory_mib"] if process)
     lines = [
         "# The service while everything happens to it",
         "",
-        f"{provenance_lines(results)}",
+        f"{provenance_lines(results)} It may choose among the engines of {engines}.",
         "",
         f"{sum(row['held'] is True for row in rows)} of {len(rows)} events held, {sum(row['held'] is None for row in rows)} could not be run. "
-        f"{results['pushed']['good']} good commits and {results['pushed']['bad']} bad ones were pushed. "
+        f"{results['pushed']['good']} good commits, the first among them, and {results['pushed']['bad']} bad ones were pushed. "
         f"{sum(row['answers'] for row in rows)} requests on {results['connections']} connections were answered, each by the commit that it names: the "
         f"commits' answers to any text differ by {results['separation']:.2f} or more in some probability, and {results['tolerance']} is allowed. "
         "Refused are requests with a documented answer (429, 503, and 422 for the text that the engine fails on); turned away those that came "
@@ -184,7 +187,7 @@ def page(results: Mapping[str, Any]) -> str:
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.soak", description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.add_argument("--full", action="store_true", help="22 commits and every fault; writes benchmarks/results/soak.json and soak.md.")
+    parser.add_argument("--full", action="store_true", help="24 commits and every fault; writes benchmarks/results/soak.json and soak.md.")
     arguments = parser.parse_args(argv)
     provenance()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as after Ctrl-C: no process is left behind

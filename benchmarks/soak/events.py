@@ -29,6 +29,7 @@ from pipeline.local_hub.process import HubProcess
 STALL_SECONDS = 2.0  # of the service: a batch that takes longer turns /ready red
 DRAIN_SECONDS = 10.0  # within which it has to end after SIGTERM
 SMALL_DISK_MIB = 24
+FROZEN_SECONDS = 6.0  # longer than servers commonly keep an idle connection, shorter than a request may take
 BROKEN, RESTARTED = frozenset({"engine_down", "too_slow"}), frozenset({"loading"})  # refusals that go with it
 LOOKS_SECONDS = 1.0  # several looks of the service at the Hub
 
@@ -349,6 +350,22 @@ class Events:
         return (
             f"started again without a Hub, {self.before[:8]} serves after {again:.1f} s; the new one {after:.1f} s after the Hub was back"
         )
+
+    async def freeze(self) -> str:
+        """As on a host that is paused or swaps. Deadlines pass meanwhile; requests that were sent must not be lost."""
+        # A batch that it falls into looks stalled until it ends.
+        self.expected = frozenset({"engine_down"})
+        assert self.service.process
+        self.service.process.send_signal(signal.SIGSTOP)
+        try:
+            await asyncio.sleep(FROZEN_SECONDS)
+        finally:
+            self.service.process.send_signal(signal.SIGCONT)
+        waiting = self.load.waiting
+        if waiting < self.load.connections:
+            raise NotHeld(f"only {waiting} callers waited: it did not stand still")
+        await self.load.answered(self.current, 2 * self.load.connections)
+        return f"for {FROZEN_SECONDS:g} s; {waiting} were waiting, and nobody's request was lost"
 
     async def disk_full(self, make: Callable[[str], ServiceProcess]) -> str:
         """With a process of its own, whose cache lies on a small disk: a file system in memory that only it sees."""
