@@ -29,7 +29,9 @@ from tqdm.auto import tqdm
 from pipeline.config import TrainConfig
 from pipeline.topology import BatchPlan, Topology, allowed_cores
 
-PACKAGES = ("torch", "transformers", "accelerate", "datasets", "evaluate", "huggingface_hub", "tokenizers", "numpy", "onnx", "onnxruntime", "openvino")
+PACKAGES = (
+    "torch", "transformers", "accelerate", "datasets", "evaluate", "huggingface_hub", "tokenizers", "numpy", "onnx", "onnxruntime", "openvino",
+)  # fmt: skip
 
 
 def evaluation_steps(steps_per_epoch: int, total_steps: int, evals_per_epoch: int) -> set[int]:

@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
 from serve import choice
+from serve.batcher import Batcher
 from serve.choice import Choice
 from serve.engine import known
 from serve.errors import Refusal, UserError
@@ -284,12 +285,12 @@ class Life:
             is_dead, now = self._died.is_set(), time.monotonic()
             self._died.clear()
             assert self.serving
-            broken = self.serving
-            trouble = broken.batcher.trouble()
+            broken = self.serving.batcher
+            trouble = broken.trouble()
             since = (since or now) if trouble else None
             if trouble is None or since is None or not (is_dead or now - since > 2 * stall):  # trouble begins after 1 x stall
                 continue
-            await broken.batcher.stop()  # who waits for it is refused now, and not when the deadline has passed
+            await broken.stop()  # who waits for it is refused now, and not when the deadline has passed
             if now - recovered < AGAIN_SECONDS or (was_stuck and not is_dead):
                 self._fail(Fatal(f"{trouble}, again after it was loaded anew"))
                 return
@@ -301,10 +302,11 @@ class Life:
             except Exception as error:
                 self._fail(Fatal(f"{trouble}, and it could not be loaded anew ({type(error).__name__}: {error})"))
 
-    async def _reload(self, broken: Serving) -> None:
-        release = broken.model.release
-        log.warning("%s is loaded anew", release.commit)
+    async def _reload(self, broken: Batcher) -> None:
         async with self._paused():
+            assert self.serving
+            release = self.serving.model.release
+            log.warning("%s is loaded anew", release.commit)
             model = await self._loader.prove(release)
-            if self.serving is broken:
+            if self.serving.batcher is broken:  # else a rollback was there first
                 self._take(model)

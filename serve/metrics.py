@@ -18,9 +18,7 @@ class Metrics:
         self.latency = Histogram("distrinews_request_seconds", "From request to answer.", ["route"], buckets=_SECONDS, registry=registry)
         self.queue_wait = Histogram("distrinews_queue_wait_seconds", "A text's wait for its batch.", buckets=_SECONDS, registry=registry)
         self.batch_texts = Histogram("distrinews_batch_texts", "Texts in a batch.", buckets=_SIZES, registry=registry)
-        self.batch_tokens = Histogram(
-            "distrinews_batch_tokens", "Tokens in a batch, padding included.", buckets=_TOKENS, registry=registry
-        )
+        self.batch_tokens = Histogram("distrinews_batch_tokens", "Tokens in a batch, padding included.", buckets=_TOKENS, registry=registry)
         self.tokens = Counter("distrinews_tokens", "Tokens computed, by kind: text or padding.", ["kind"], registry=registry)
         self.engine_seconds = Counter("distrinews_engine_seconds", "Time spent in the engine.", registry=registry)
         self.queue = Gauge("distrinews_queue_tokens", "Tokens accepted and not yet answered.", registry=registry)

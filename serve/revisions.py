@@ -34,16 +34,7 @@ class Revisions:
     def __init__(self, state: State, settings: Settings) -> None:
         self._state, self._key = state, f"{settings.model}@{settings.revision or 'main'}"
         self._under = _circumstances(settings)
-        found = state.read("revisions").get(self._key)
-        found = found if isinstance(found, dict) else {}
-        self._proven: dict[str, str] = {}  # commit -> when, the last one last
-        self._refused: dict[str, Refused] = {}
-        try:
-            self._proven = {str(commit): str(when) for commit, when in found.get("proven", {}).items()}
-            every = [Refused(**{name: str(value) for name, value in one.items()}) for one in found.get("refused", [])]
-            self._refused = {one.commit: one for one in every if one.under in (self._under, ALWAYS)}
-        except (TypeError, AttributeError):  # written by another version
-            pass
+        self._proven, self._refused = self._written()
 
     def proven(self) -> list[str]:
         """Commits that served here and may again, the last one first."""
@@ -60,7 +51,8 @@ class Revisions:
     def prove(self, commit: str) -> None:
         self._proven.pop(commit, None)
         self._proven[commit] = now()
-        self._refused.pop(commit, None)
+        if commit in self._refused and self._refused[commit].under != ALWAYS:
+            del self._refused[commit]
         self._write()
 
     def refuse(self, commit: str, reason: str, always: bool = False) -> None:
@@ -68,9 +60,24 @@ class Revisions:
         self._refused[commit] = Refused(commit, reason, now(), ALWAYS if always else self._under)
         self._write()
 
+    def _written(self) -> tuple[dict[str, str], dict[str, Refused]]:
+        """What the folder has now: commits with when they were proven, the last one last, and those that are refused."""
+        found = self._state.read("revisions").get(self._key, {})
+        try:
+            proven = {str(commit): str(when) for commit, when in found["proven"].items()}
+            every = [Refused(**{name: str(value) for name, value in one.items()}) for one in found["refused"]]
+        except (TypeError, KeyError, AttributeError):  # nothing yet, or written by another version
+            return {}, {}
+        return proven, {one.commit: one for one in every if one.under in (self._under, ALWAYS)}
+
     def _write(self) -> None:
-        self._proven = dict(list(self._proven.items())[-KEPT:])
-        self._refused = dict(list(self._refused.items())[-KEPT:])
+        """Together with what other services on this folder have written since: none of them undoes another's rollback."""
+        proven, refused = self._written()
+        theirs = {commit: one for commit, one in refused.items() if commit not in self._refused and commit not in self._proven}
+        proven = {commit: when for commit, when in proven.items() if commit not in self._proven} | self._proven
+        self._proven = dict(sorted(proven.items(), key=lambda one: one[1])[-KEPT:])
+        rolled_back = {commit: one for commit, one in refused.items() if one.under == ALWAYS}
+        self._refused = dict(list((theirs | self._refused | rolled_back).items())[-KEPT:])
         mine = {"proven": self._proven, "refused": [vars(one) for one in self._refused.values()]}
         self._state.write("revisions", self._state.read("revisions") | {self._key: mine})
 

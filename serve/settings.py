@@ -43,7 +43,9 @@ class Settings:
     batch_tokens: int = _option(0, "Most tokens, padding included, in one batch; 0: what suits the engine.")
     queue_tokens: int = _option(0, "Tokens waiting beyond which callers get 429; 0: half a second's work, as the engine needs.")
     deadline_seconds: float = _option(10.0, "Longest a request may take; beyond it callers get 503.")
-    stall_seconds: float = _option(30.0, "A batch that takes longer turns /ready red; after 3 times that the engine is replaced, or else the process ended.")
+    stall_seconds: float = _option(
+        30.0, "A batch that takes longer turns /ready red; after 3 times that the engine is replaced, or else the process ended."
+    )
     max_texts: int = _option(256, "Most texts in one /predict/batch request.")
     max_body_bytes: int = _option(1 << 20, "Largest request body in bytes; beyond it callers get 413.")
     state_dir: str = _option("", "Folder for what is remembered between starts (proofs, timings); empty: distrinews in HF_HOME.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 import time
@@ -122,10 +123,14 @@ def test_headers_of_every_answer(serve: Serve) -> None:
     [
         ({"Content-Type": "application/json; charset=latin-1"}, "charset"),
         ({"Content-Type": "application/json; charset=no-such-thing"}, "charset"),
+        ({"Content-Type": "application/json; charset*0=x"}, "charset"),
+        ({"Content-Type": "application/json; charset*1=utf-8; charset=ÿþ"}, "charset"),
         ({"Content-Type": "text/plain"}, "content_type"),
+        ({"Content-Type": "application/jsonp"}, "content_type"),
         ({"Content-Type": ""}, "content_type"),
         ({"Content-Encoding": "gzip"}, "content_encoding"),
         ({"Content-Type": "application/json; charset=UTF8"}, None),
+        ({"Content-Type": 'Application/JSON ; profile=x; Charset="utf-8"'}, None),
         ({"Content-Type": "application/vnd.api+json"}, None),
     ],
 )
@@ -165,13 +170,17 @@ def test_predictions_ask_for_a_key(guarded: Serve) -> None:
         for wrong in ("first", "first-key ,", "", ADMIN, "schlüssel"):
             answer = post(guarded, path=path, **{"X-API-Key": wrong, "Authorization": f"Bearer {KEYS[0]}"})
             assert (answer.status_code, answer.json()["code"]) == (401, "api_key_wrong")
-    # FastAPI sends a path with a slash too many to the right one: no way round the key.
-    assert guarded.client.post("/predict/", json={"text": "a"}, follow_redirects=True).status_code == 401
+    # A path with a slash too many is none: no redirect, and no way round the key.
+    answer = guarded.client.post("/predict/", json={"text": "a"})
+    assert (answer.status_code, answer.json()["code"]) == (404, "not_found")
     for key in KEYS:
         assert post(guarded, **{"X-API-Key": key}).status_code == 200
     for path in ("/health", "/ready", "/info", "/metrics", "/docs", "/", "/openapi.json"):
         assert guarded.client.get(path).status_code == 200
     assert guarded.client.get("/info").json()["api_key_required"] is True
+    for path in ("/health", "/ready", "/"):  # as probes ask
+        answer = guarded.client.head(path)
+        assert (answer.status_code, answer.content) == (200, b"")
 
 
 def test_operators_have_a_key_of_their_own(serve: Serve, guarded: Serve) -> None:
@@ -240,6 +249,10 @@ def test_a_body_that_does_not_come_is_not_waited_for(guarded: Serve) -> None:
     headers = {"Content-Type": "application/json", "X-API-Key": KEYS[0]}
     answer = guarded.client.post("/predict", content=slowly(), headers=headers)
     assert (answer.status_code, answer.json()["code"]) == (408, "body_too_slow")
+    head = f"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nX-API-Key: {KEYS[0]}\r\nContent-Length: 15\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", int(guarded.url.rsplit(":", 1)[1])), timeout=20) as caller:
+        caller.sendall(head.encode())  # and no body
+        assert caller.recv(1000).startswith(b"HTTP/1.1 408 ")
 
 
 # ---- the document

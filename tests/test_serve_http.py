@@ -288,12 +288,17 @@ def test_a_stuck_engine_turns_ready_red_and_drops_who_hung_up(release_dir: Path,
         assert "Traceback" not in serve.log()
 
 
-def test_a_stuck_engine_does_not_keep_the_process_from_ending(release_dir: Path, tmp_path: Path) -> None:
+def test_neither_a_stuck_engine_nor_a_silent_caller_keeps_the_process_from_ending(release_dir: Path, tmp_path: Path) -> None:
     stuck = tmp_path / "stuck"
     with Serve("--model", release_dir, "--deadline_seconds", "1", program=("-c", HANGING, str(stuck))) as serve:
         stuck.touch()
         assert serve.client.post("/predict", json={"text": "oil prices"}).status_code == 503
-        serve.process.terminate()
+        with socket.create_connection(("127.0.0.1", int(serve.url.rsplit(":", 1)[1])), timeout=20) as caller:
+            caller.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 21\r\n\r\n")
+            requests = 'distrinews_requests_total{route="/predict",status="503"}'
+            assert serve.metric(requests) == 1  # which also lets the request without a body arrive
+            serve.process.terminate()
+            assert caller.recv(1000).startswith(b"HTTP/1.1 408 ")  # an answer: its own time ended it, not the service's
         assert serve.process.wait(10) == 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import gc
 import json
 import os
@@ -15,6 +16,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +27,15 @@ from serving import LABELS, Serve, make_release, variant
 
 from pipeline.local_hub.faults import Fault
 from pipeline.local_hub.process import HubProcess
+from serve.choice import carry_over, recall
+from serve.hub import remove_damaged
 from serve.metrics import Metrics
 from serve.model import Model, load
 from serve.release import pull
+from serve.revisions import Revisions
 from serve.serving import Serving, retire
 from serve.settings import Settings
+from serve.state import State
 
 pytestmark = pytest.mark.timeout(180)
 TOO_MANY = 6_000_000  # bytes of weights; the tiny release has 4 million
@@ -222,6 +228,7 @@ def test_bad_commits_are_refused_once_and_the_good_one_serves_on(
     onnx.save(helper.make_model(helper.make_graph([node], "alien", ends[:1], ends[1:])), str(alien / "onnx" / "model.onnx"))
     masked = variant(release_dir, tmp_path / "masked", config={"architectures": ["DistilBertForMaskedLM"]})
     none = variant(release_dir, tmp_path / "none", golden=None)
+    bare = variant(release_dir, tmp_path / "bare", config=None)  # nothing that tells the commit by itself
     bad: list[tuple[Path, str]] = [
         (wrong, "a probability is off by"),
         (cut, "did not prove itself"),
@@ -229,12 +236,13 @@ def test_bad_commits_are_refused_once_and_the_good_one_serves_on(
         (alien, "did not prove itself"),
         (masked, "only text classifiers"),
         (none, "it has no golden.json"),
+        (bare, "it has no config.json"),
         (large, f"allowed are at most {TOO_MANY}"),
     ]
     good = repo.push(release_dir)
     with start("--max_model_bytes", str(TOO_MANY)) as serve:
         for number, (folder, reason) in enumerate(bad, 1):
-            commit = repo.push(folder, gone=["golden.json"] if folder == none else [])
+            commit = repo.push(folder, gone={none: ["golden.json"], bare: ["config.json"]}.get(folder, []))
             refused = until(lambda number=number: len(found := updates(serve)["refused"]) == number and found[-1], serve)
             assert refused["commit"] == commit and reason in refused["reason"], refused
             assert repo.ask(serve) == good
@@ -300,9 +308,51 @@ def test_a_hub_that_fails_changes_nothing_until_it_is_back(
     content.write_bytes(content.read_bytes()[:1000])
     with start() as serve:
         assert repo.ask(serve) == commit and updates(serve)["refused"] == []
-    with start(HF_ENDPOINT="http://127.0.0.1:9") as serve:  # gone at the start
+    with start(HF_ENDPOINT="http://somebody:hunter2@127.0.0.1:9") as serve:  # gone at the start
         assert repo.ask(serve) == commit
         assert "cannot be reached" in updates(serve)["fallback"]
+        assert "hunter2" not in serve.client.get("/info").text + serve.log()
+
+
+def test_what_was_proven_serves_although_the_hub_answers_strangely_at_the_start(
+    repo: Repo, start: Callable[..., Serve], release_dir: Path
+) -> None:
+    commit = repo.push(release_dir)
+    with start():
+        pass
+    repo.hub.fault(Fault("status", status=403))
+    with start() as serve:
+        assert repo.ask(serve) == commit
+        assert "answered 403" in updates(serve)["fallback"]
+        repo.hub.heal()
+        until(lambda: updates(serve)["fallback"] is None, serve)
+    with portal() as url, start(HF_ENDPOINT=url) as serve:
+        assert repo.ask(serve) == commit
+        assert "does not answer as the Hub does" in updates(serve)["fallback"]
+
+
+@contextlib.contextmanager
+def portal() -> Iterator[str]:
+    """The address of a server that answers everything with a page, as the network of a hotel does."""
+
+    class Page(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Type", "text/html")
+            self.end_headers()
+            self.wfile.write(b"<p>Welcome! Please log in.")
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Page) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            thread.join(10)
 
 
 def test_a_signal_ends_it_in_the_middle_of_a_download_or_a_trial(
@@ -322,6 +372,35 @@ def test_a_signal_ends_it_in_the_middle_of_a_download_or_a_trial(
         assert serve.process.wait(9) == 0, serve.log()
         assert not Path(f"/proc/{trial}").exists()
         assert "Traceback" not in serve.log()
+
+
+# ---- what is remembered
+
+
+def test_services_that_share_a_folder_keep_each_others_rollback(tmp_path: Path) -> None:
+    settings = Settings("user/repo", state_dir=str(tmp_path))
+    one, other = (Revisions(State(settings), settings) for _ in range(2))
+    for revisions in (one, other):
+        revisions.prove("good")
+        revisions.prove("bad")
+    one.refuse("bad", "rolled back by the operator", always=True)
+    other.prove("bad")  # what serves there is proven again when an engine takes over
+    other.prove("next")
+    for revisions in (other, Revisions(State(settings), settings)):
+        assert revisions.reason("bad") == "rolled back by the operator"
+        assert revisions.proven() == ["next", "good"]
+
+
+def test_only_names_that_are_digests_show_damage(tmp_path: Path) -> None:
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "a-commit"
+    blobs.mkdir()
+    snapshot.mkdir(parents=True)
+    for name, etag in {"config.json": "0" * 40, "golden.json": "an-etag-of-another-server"}.items():
+        (blobs / etag).write_text("{}")
+        (snapshot / name).symlink_to(blobs / etag)
+    assert remove_damaged(snapshot) == ["config.json"]
+    assert [path.name for path in blobs.iterdir()] == ["an-etag-of-another-server"]
+    assert [path.name for path in snapshot.iterdir()] == ["golden.json"]
 
 
 # ---- engines
@@ -372,6 +451,14 @@ def test_the_engine_is_measured_once_and_remembered(release_dir: Path, tmp_path:
         assert serve.client.get("/info").json()["engine"] == measured["engine"]
         until(lambda: choice(serve)["trials"], serve)
         assert choice(serve) == measured and not children(serve.process.pid)
+    # It holds for a commit with the same files, too.
+    settings = Settings(str(release_dir), state_dir=str(tmp_path), device="cpu", min_agreement=0.9)
+    old, state = pull(settings.model), State(settings)
+    new = dataclasses.replace(old, commit="next")
+    assert recall(new, settings, state) is None
+    carry_over(old, new, settings, state)
+    found = recall(new, settings, state)
+    assert found and found.engine == measured["engine"]
 
 
 # Real engines do not die to order: these do what the file that stands beside the release says.
@@ -402,21 +489,23 @@ sys.exit(main(sys.argv[2:]))
 
 @pytest.mark.parametrize("kind", ["die", "hang"])
 def test_a_broken_engine_is_replaced_once_and_then_the_process_ends(release_dir: Path, tmp_path: Path, kind: str) -> None:
-    options = ("--engine", "onnxruntime", "--stall_seconds", "0.5", "--deadline_seconds", "1")
+    # Who waits for an engine that hangs is refused when it is given up, long before the deadline.
+    options = ("--engine", "onnxruntime", "--stall_seconds", "0.5", "--deadline_seconds", "25")
     with Serve(tmp_path, "--model", release_dir, *options, program=("-c", FAULTY)) as serve:
 
-        def ask() -> int:
-            return serve.client.post("/predict", json={"text": "Oil prices rise"}).status_code
+        def ask() -> str:
+            answer = serve.client.post("/predict", json={"text": "Oil prices rise"}).json()
+            return str(answer.get("code", "answered"))
 
-        assert ask() == 200
+        assert ask() == "answered"
         (tmp_path / "fault").write_text(kind)
-        assert ask() == 503
+        assert ask() == "engine_down"
         serve.wait_ready()
-        assert ask() == 200, "a new engine, which is younger than the fault"
+        assert ask() == "answered", "a new engine, which is younger than the fault"
         assert "is loaded anew" in serve.log()
         (tmp_path / "fault").write_text(kind)
         with contextlib.suppress(Exception):  # the answer may be the last thing it does
-            assert ask() == 503
+            assert ask() == "engine_down"
         assert serve.process.wait(20) == 70, serve.log()
         assert "the service ends" in serve.log()
 

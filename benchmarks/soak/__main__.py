@@ -164,12 +164,12 @@ def page(results: Mapping[str, Any]) -> str:
     """The page of a result, in Markdown."""
     rows = results["rows"]
     versions = results["provenance"]["versions"]
-    engines = " and ".join(f"{name} {versions[name]}" for name in ("openvino", "onnxruntime") if versions.get(name))
+    engines = ", ".join(f"{name} {versions[name]}" for name in ("openvino", "onnxruntime") if versions.get(name))
     memory = "; ".join(f"{process[0]:.0f} to {process[-1]:.0f} MiB" for process in results["memory_mib"] if process)
     lines = [
         "# The service while everything happens to it",
         "",
-        f"{provenance_lines(results)} It may choose among the engines of {engines}.",
+        f"{provenance_lines(results)} Engines: {engines}.",
         "",
         f"{sum(row['held'] is True for row in rows)} of {len(rows)} events held, {sum(row['held'] is None for row in rows)} could not be run. "
         f"{results['pushed']['good']} good commits, the first among them, and {results['pushed']['bad']} bad ones were pushed. "
