@@ -81,13 +81,13 @@ class Batcher:
     async def stop(self) -> None:
         """Ends at once; who still waits is refused."""
         self._dead = self.trouble()  # who waits for an engine that is stuck hears that it is down, not that the service stops
-        # A task and its batcher hold each other, and the engine's memory, until garbage is collected.
         lanes, self._lanes = self._lanes, []
-        tasks = [lane.task for lane in lanes if lane.task]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
         for lane in lanes:
+            # A lane, its task and the batcher would hold each other, and the engine's memory, until garbage is collected.
+            task, lane.task = lane.task, None
+            if task:
+                task.cancel()
+                await asyncio.wait([task])
             lane.worker.stop()
         _refuse(self._waiting, self._end())
 

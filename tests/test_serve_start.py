@@ -82,7 +82,7 @@ def assert_one_line(done: subprocess.CompletedProcess[str], said: str) -> None:
 
 
 def test_a_bad_release_ends_the_process(release_dir: Path, tmp_path: Path) -> None:
-    folder = variant(release_dir, tmp_path / "bad", onnx="not a graph")
+    folder = variant(release_dir, tmp_path / "bad", onnx="not a graph", model="no weights")
     assert_one_line(run_serve("--model", folder, "--port", "0"), "did not prove itself")
 
 
