@@ -240,3 +240,19 @@ def test_a_signal_ends_a_service_that_is_still_loading(tmp_path: Path) -> None:
         finally:
             process.kill()
             process.communicate(timeout=10)
+
+
+def test_a_signal_at_any_moment_of_a_real_load_ends_the_process_in_order(release_dir: Path, tmp_path: Path) -> None:
+    """Python's own end would abort with threads in the middle of a library's call."""
+    for moment in (0.0, 0.1, 0.2, 0.3, 0.4, 0.6):
+        command = [sys.executable, "-m", "serve", "--model", str(release_dir), "--state_dir", str(tmp_path), "--port", "0"]
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        try:
+            assert process.stdout and process.stdout.readline().startswith("listening on ")
+            time.sleep(moment)
+            process.send_signal(signal.SIGTERM)
+            _, errors = process.communicate(timeout=10)
+            assert process.returncode == 0, (moment, errors)
+        finally:
+            process.kill()
+            process.communicate(timeout=10)
