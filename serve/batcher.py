@@ -187,8 +187,6 @@ class Batcher:
     async def _run(self, lane: Lane, batch: list[Job]) -> None:
         """Answers every job of `batch`. A batch that fails is halved until the text that does it stands alone."""
         batch = [job for job in batch if not job.answer.done()]
-        if self._dead:
-            _refuse(batch, _down())
         if self._dead or not batch:
             return
         try:

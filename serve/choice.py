@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib.metadata
 import json
 import logging
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from typing import Any
 
 from serve import trial
 from serve.engine import known
-from serve.machine import allowed_cores, cpu, has
+from serve.machine import allowed_cores, cpu, versions
 from serve.proof import Proof
 from serve.release import Release
 from serve.settings import Settings
@@ -89,7 +88,7 @@ def _key(release: Release, settings: Settings) -> str:
     facts = {
         "cpu": [name, sorted(flags), settings.threads or allowed_cores()],
         "release": [release.model, release.commit],
-        "versions": {package: importlib.metadata.version(package) for package in _LIBRARIES if has(package)},
+        "versions": versions(*_LIBRARIES),
         "bounds": [settings.min_agreement, settings.max_probability_change],
         "asked": [settings.engine, settings.device],
     }

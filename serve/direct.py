@@ -17,6 +17,7 @@ from fastapi.routing import APIRoute
 from starlette.types import Receive, Scope, Send
 
 from serve.answers import refused
+from serve.batcher import overload
 from serve.errors import Refusal
 from serve.schemas import Body
 from serve.service import Service
@@ -45,7 +46,7 @@ class PredictionRoute(APIRoute):
             if self.keys:
                 check_key(headers.get(b"x-api-key"), self.keys)
             if (seconds := self.service.overloaded()) is not None:  # as cheaply as can be: before the body is read
-                raise Refusal(429, "overloaded", f"The queue is full; try again in {seconds} s.", retry_after=seconds)
+                raise overload(seconds)
             check_content(headers)
             body = read(self.body, await read_body(receive, settings.max_body_bytes, settings.deadline_seconds))
             with _Watch(receive):

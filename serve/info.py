@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import importlib.metadata
 import platform
 import time
 from pathlib import Path
 
+from serve.machine import versions
 from serve.proof import MAX_NEIGHBOUR_CHANGE
 from serve.schemas import InfoAnswer
 from serve.service import Service
@@ -60,10 +58,6 @@ def info(service: Service) -> InfoAnswer:
     )
 
 
-@functools.cache
 def _versions(with_torch: bool) -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in ["onnxruntime", "openvino", "tokenizers", "huggingface_hub", "fastapi"] + ["torch", "transformers"] * with_torch:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    return found
+    packages = ["onnxruntime", "openvino", "tokenizers", "huggingface_hub", "fastapi"] + ["torch", "transformers"] * with_torch
+    return {"python": platform.python_version(), **versions(*packages)}

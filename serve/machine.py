@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import importlib.metadata
 import importlib.util
 import math
 import os
@@ -58,6 +59,16 @@ def computes_bf16() -> bool:
 
 def has(*packages: str) -> bool:
     return all(importlib.util.find_spec(package) is not None for package in packages)
+
+
+@functools.cache
+def versions(*packages: str) -> dict[str, str]:
+    """Of those that are installed. Asking costs milliseconds for each, and does not change while the process lives."""
+    found = {}
+    for package in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
 
 
 @functools.cache

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from serve.engine import Batch, Engine, known, last_resort, open_engine
 from serve.errors import UserError
-from serve.proof import Proof, prove
+from serve.proof import Proof, prove, spread
 from serve.release import Release, reading
 from serve.settings import Settings
 from serve.text import TextTokenizer
@@ -39,8 +39,8 @@ def load(release: Release, settings: Settings, engines: Sequence[str] = (), *, p
     for name in itertools.chain(engines or known(settings, release), last_resort(settings, release)):
         try:
             engine = open_engine(name, release, settings)
-            step = max(1, len(golden) // SAMPLE) if proven else 1
-            proof = prove(engine, golden[::step], release.golden_logits[::step], neighbours=proven is None)
+            some = spread(len(golden), SAMPLE if proven else len(golden))
+            proof = prove(engine, golden[some], release.golden_logits[some], neighbours=proven is None)
         except Exception as error:  # a broken file, a graph that does not fit, a GPU without memory: libraries raise anything
             rejected.append(f"{name}: {first_sentence(error)}")
         else:

@@ -55,8 +55,9 @@ def prove(engine: Engine, golden: Batch, expected: npt.NDArray[np.float64], neig
     for rows, logits in zip(batches, compute(engine, [[golden[row] for row in rows] for rows in batches]), strict=True):
         actual[rows] = logits
     seconds = time.perf_counter() - started
-    some = golden[:: max(1, len(golden) // ALONE)] if neighbours else []
-    alone, mixed = ([row for batch in compute(engine, split) for row in batch] for split in (batched(some, 1), batched(some, 8)))
+    some = golden[spread(len(golden), ALONE)] if neighbours else []
+    alone = [engine.logits([text])[0] for text in some]  # one after the other: a text in company may be computed otherwise
+    mixed = [row for logits in compute(engine, [some[start : start + 8] for start in range(0, len(some), 8)]) for row in logits]
     return Proof(
         examples=len(golden),
         agreement=float((actual.argmax(axis=1) == expected.argmax(axis=1)).mean()),
@@ -73,8 +74,9 @@ def compute(engine: Engine, batches: Sequence[Batch]) -> list[Logits]:
         return list(pool.map(engine.logits, batches))
 
 
-def batched(texts: Batch, size: int) -> list[Batch]:
-    return [texts[start : start + size] for start in range(0, len(texts), size)]
+def spread(examples: int, wanted: int) -> slice:
+    """Picks some `wanted` of so many examples, evenly."""
+    return slice(None, None, max(1, examples // wanted))
 
 
 def _change(actual: npt.ArrayLike, expected: npt.ArrayLike) -> float:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+from serve.machine import versions
 from serve.settings import Settings
 from serve.state import State
 
@@ -85,10 +85,6 @@ class Revisions:
 def _circumstances(settings: Settings) -> str:
     """What a release's refusal may depend on, besides the release; its digest."""
     asked = [settings.engine, settings.device, settings.min_agreement, settings.max_probability_change, settings.max_model_bytes]
-    versions = []
-    for package in ("openvino", "onnxruntime", "torch", "transformers", "tokenizers"):
-        try:
-            versions.append(importlib.metadata.version(package))
-        except importlib.metadata.PackageNotFoundError:
-            versions.append("")
-    return hashlib.sha256(json.dumps([asked, versions]).encode()).hexdigest()[:16]
+    libraries = ("openvino", "onnxruntime", "torch", "transformers", "tokenizers")
+    installed = versions(*libraries)
+    return hashlib.sha256(json.dumps([asked, [installed.get(name, "") for name in libraries]]).encode()).hexdigest()[:16]

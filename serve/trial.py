@@ -23,7 +23,7 @@ from typing import Any
 
 from serve.engine import Batch, open_engine
 from serve.model import first_sentence, tokenized
-from serve.proof import Proof, by_length, compute, prove
+from serve.proof import ALONE, Proof, by_length, compute, prove, spread
 from serve.release import Release, pull
 from serve.settings import Settings
 
@@ -51,9 +51,10 @@ async def run(release: Release, engine: str, settings: Settings) -> Trial:
     """Tries `engine` on the files of `release` that are here. Cancelled, the process is killed."""
     command = (sys.executable, "-m", "serve.trial")
     asked = {"folder": str(release.folder), "engine": engine, "settings": dataclasses.asdict(settings)}
+    # A session of its own: Ctrl-C is ours to handle.
     process = await asyncio.create_subprocess_exec(
         *command, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, start_new_session=True
-    )  # Ctrl-C is ours to handle
+    )
     try:
         out, _ = await asyncio.wait_for(process.communicate(json.dumps(asked).encode()), SECONDS)
     except TimeoutError:
@@ -84,7 +85,7 @@ def try_engine(release: Release, name: str, settings: Settings) -> Trial:
     if complaint := proof.complaint(settings):
         return Trial(name, complaint, proof)
     full: list[Batch] = [[golden[row] for row in rows] for rows in by_length(golden, engine.batch_tokens)]
-    singles = golden[:: max(1, len(golden) // 32)]
+    singles = golden[spread(len(golden), ALONE)]
     single = _speed(singles, lambda: [engine.logits([text]) for text in singles])
     return Trial(name, None, proof, single, _speed(golden, lambda: compute(engine, full)))
 

@@ -130,13 +130,13 @@ def test_a_squashed_history_gives_back_its_room(hub: HubProcess, api: HfApi) -> 
     def held() -> int:
         return sum(path.is_file() for path in objects.rglob("*"))
 
-    api.create_branch(repo, branch="work")
+    api.create_branch(repo, branch="topic")
     for content in (b"one", b"two", b"three"):
-        api.upload_file(path_or_fileobj=content, path_in_repo="w.safetensors", repo_id=repo, revision="work")
-    first = api.list_repo_commits(repo, revision="work")[2].commit_id
+        api.upload_file(path_or_fileobj=content, path_in_repo="w.safetensors", repo_id=repo, revision="topic")
+    first = api.list_repo_commits(repo, revision="topic")[2].commit_id
     api.create_tag(repo, tag="kept", revision=first)
     assert held() == 3
-    api.super_squash_history(repo, branch="work")
+    api.super_squash_history(repo, branch="topic")
     assert held() == 2, "what the tag leads to stays"
-    assert raw(hub, "GET", f"/{repo}/resolve/work/w.safetensors", hub.token).body == b"three"
+    assert raw(hub, "GET", f"/{repo}/resolve/topic/w.safetensors", hub.token).body == b"three"
     assert raw(hub, "GET", f"/{repo}/resolve/kept/w.safetensors", hub.token).body == b"one"
