@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import socket
 import sys
 import threading
@@ -74,17 +75,17 @@ class Watch:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         if self.world_size == 1:
             return
-        lost = None
-        if isinstance(error, Stopped):
-            lost = self._lost_peer(0)  # a launcher ends all ranks when one has died
-        elif isinstance(error, Exception) and _connection_failed(error):
-            lost = self._lost_peer(5)
-        self._end.set()
-        self._thread.join()
-        self._path(self.rank).unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # the last to leave finds it empty
-            self.folder.rmdir()
+        try:
+            lost = self._peer_behind(error)
+        finally:
+            self._end.set()
+            self._thread.join()
+            self._path(self.rank).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # the last to leave finds it empty
+                self.folder.rmdir()
         if lost:
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it ends by itself, and has something to say before
             raise PeerLost(lost) from error
 
     def beat(self, doing: str, slow: bool = False) -> None:
@@ -182,6 +183,19 @@ class Watch:
         os._exit(EXIT_HUNG)
 
     # -- after an error -------------------------------------------------------------------------------------------
+
+    def _peer_behind(self, error: BaseException | None) -> str | None:
+        """Which peer's end is the reason for `error`. Raises Stopped where a SIGTERM came meanwhile and none is."""
+        if isinstance(error, Stopped):  # a launcher ends all ranks when one has died
+            return self._lost_peer(0)
+        if not isinstance(error, Exception) or not _connection_failed(error):
+            return None
+        try:
+            return self._lost_peer(5)
+        except Stopped:  # a connection breaks before its process has quite ended: the launcher may have been faster
+            if lost := self._lost_peer(0):
+                return lost
+            raise
 
     def _lost_peer(self, seconds: float) -> str | None:
         """Which peer has gone, when a connection to one broke; waits a while for its end to show.

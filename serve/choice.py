@@ -65,7 +65,14 @@ async def measure(release: Release, settings: Settings, state: State, serving: s
     for line in choice.rejected():
         log.warning("not used: %s", line)
     log.info("engines by tokens per second: %s", ", ".join(f"{name} {speed:.0f}" for name, speed in good.items()) or "none proved itself")
-    _remember(_key(release, settings), {"engine": best, "trials": [dataclasses.asdict(one) for one in trials]}, state)
+    _remember(_key(release, settings), dataclasses.asdict(choice), state)
+    return choice
+
+
+def settle(release: Release, settings: Settings, state: State, only: Trial) -> Choice:
+    """With one engine there is no choice, but its proof is remembered, which spares the next start most of it."""
+    choice = Choice(only.engine, (only,))
+    _remember(_key(release, settings), dataclasses.asdict(choice), state)
     return choice
 
 

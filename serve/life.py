@@ -28,6 +28,7 @@ from serve.release import fetched, kept
 from serve.serving import Serving, retire
 from serve.settings import Settings
 from serve.state import State
+from serve.trial import Trial
 from serve.watcher import Watcher
 from serve.worker import in_thread
 
@@ -181,7 +182,7 @@ class Life:
         """Measures the engines where that was not done for what serves, and lets the fastest take over."""
         assert self.serving
         release = self.serving.model.release
-        if self.choice or self.settings.engine != "auto":
+        if self.choice:
             return
         self.measuring = True
         try:
@@ -189,7 +190,10 @@ class Life:
             found = await in_thread("loader", choice.recall, release, self.settings, self._state)
             if found is None and len(names) > 1:
                 found = await choice.measure(release, self.settings, self._state, self._engine(), names)
-            self.choice = found or Choice(self._engine())
+            elif found is None:
+                only = Trial(self._engine(), None, self.serving.model.proof)
+                found = await in_thread("loader", choice.settle, release, self.settings, self._state, only)
+            self.choice = found
             winner, proof = self.choice.engine, self.choice.proof(self.choice.engine)
             if winner != self._engine():
                 self._take(await in_thread("loader", lambda: load(release, self.settings, [winner], proven=proof)))

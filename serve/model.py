@@ -14,7 +14,7 @@ from serve.release import Release, reading
 from serve.settings import Settings
 from serve.text import TextTokenizer
 
-SAMPLE = 16  # golden examples of a spot check: an engine that was proven here before, loaded once more
+SAMPLE = 8  # golden examples of a spot check: an engine that was proven here before, loaded once more
 
 
 @dataclass(frozen=True)

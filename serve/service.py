@@ -84,6 +84,7 @@ class Service:
             "trials": [
                 {"engine": one.engine, "rejected": one.rejected, "tokens_per_second": {"single": round(one.single), "batched": round(one.batched)}}
                 for one in trials
+                if one.speed or one.rejected  # a single candidate is not timed
             ],
         }  # fmt: skip
 

@@ -451,9 +451,16 @@ def test_the_engine_is_measured_once_and_remembered(release_dir: Path, tmp_path:
         assert serve.client.get("/info").json()["engine"] == measured["engine"]
         until(lambda: choice(serve)["trials"], serve)
         assert choice(serve) == measured and not children(serve.process.pid)
-    # It holds for a commit with the same files, too.
     settings = Settings(str(release_dir), state_dir=str(tmp_path), device="cpu", min_agreement=0.9)
     old, state = pull(settings.model), State(settings)
+    # Where one was asked for there is nothing to measure, and the next start knows its proof.
+    forced = dataclasses.replace(settings, engine="onnxruntime")
+    with Serve(*options, "--engine", "onnxruntime") as serve:
+        until(lambda: recall(old, forced, state), serve)
+        assert choice(serve)["trials"] == [] and not children(serve.process.pid)
+    known = recall(old, forced, state)
+    assert known and (proof := known.proof("onnxruntime")) and proof.examples == len(old.golden_texts)
+    # It holds for a commit with the same files, too.
     new = dataclasses.replace(old, commit="next")
     assert recall(new, settings, state) is None
     carry_over(old, new, settings, state)

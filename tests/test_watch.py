@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import pytest
 from launching import ROOT
+
+from pipeline.errors import PeerLost
+from pipeline.stopping import Stopped
+from pipeline.watch import Note, Watch
 
 # One rank: `beats` steps, then it sits still, or, for `busy` seconds, makes small moves as one that validates a larger share does, or,
 # for -`busy` seconds, waits for the others.
@@ -86,3 +92,27 @@ def test_a_suspended_job_is_not_hung(tmp_path: Path) -> None:
 def test_zero_seconds_switch_it_off(tmp_path: Path) -> None:
     done = ranks(tmp_path, beats=(6, 6, 6), busy=(3, 4, 5), seconds=0)
     assert [p.returncode for p in done] == [0, 0, 0]
+
+
+def test_a_launcher_that_is_faster_than_the_end_of_the_peer_hides_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The peer's connection breaks a moment before its process has ended; SIGTERM comes in between."""
+    before = signal.getsignal(signal.SIGTERM)
+    peer = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    try:
+        watch = Watch(tmp_path, rank=1, world_size=2, seconds=0)
+        watch._peers[0] = Note(host=socket.gethostname(), pid=peer.pid, doing="step 3")
+
+        def meanwhile(_: float) -> None:
+            peer.kill()
+            peer.wait()
+            raise Stopped
+
+        with pytest.raises(PeerLost, match=r"Rank 0 on .* has ended in mid-run, at: step 3"), watch:
+            (watch.folder / "rank-0.json").write_text("{}", encoding="utf-8")
+            monkeypatch.setattr(time, "sleep", meanwhile)
+            raise RuntimeError("Connection closed by peer [127.0.0.1]:1234")
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN, "what it has to say is not cut off"
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        peer.kill()
+        peer.wait()
