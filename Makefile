@@ -9,7 +9,7 @@ ARGS ?=
 # A smaller torch without CUDA, from PyTorch's own index: make setup TORCH_INDEX=https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart train train-ddp train-raw-ddp doctor parity crash-test training-speed bench-serve soak hub push predict serve test test-all lint clean
+.PHONY: help setup quickstart train train-ddp train-raw-ddp doctor lab parity crash-test bench explain scaling bench-report bench-serve soak kaggle hub push deploy-space deploy-page verify predict serve test test-all lint clean
 
 help: ## List the targets
 	@echo "DistriNews: fine-tune a text classifier on one process or many, publish it to the Hub, serve it from there."
@@ -47,14 +47,27 @@ train-raw-ddp: $(VENV)/.requirements ## The hand-written DDP script, the same (C
 doctor: $(VENV)/.requirements ## Examine a run before it is started (CONFIG=, LAUNCH=configs/accelerate/cpu2.yaml, ARGS=)
 	@$(PY) -m pipeline.doctor $(CONFIG) $(if $(LAUNCH),--launch "$(LAUNCH)") $(ARGS)
 
+# NAME may stand in the environment (WSL puts the host's there): only what was given to make counts.
+lab: $(VENV)/.requirements ## Break distributed training on purpose and see the symptom: docs/lab.md (NAME=no_set_epoch, else all)
+	@$(PY) -m pipeline.lab $(if $(filter command,$(origin NAME)),$(NAME),--all) $(ARGS)
+
 parity: $(VENV)/.requirements ## Prove that entry, processes and accumulation change nothing: benchmarks/parity.md
 	@$(PY) -m benchmarks.parity $(ARGS)
 
 crash-test: $(VENV)/.requirements ## Kill a run 26 times and show that it ends the same: benchmarks/crash_test.md
 	@$(PY) -m benchmarks.crash_test $(ARGS)
 
-training-speed: $(VENV)/.requirements ## Trainer against raw, defaults against a plain loop, cost of checkpoints (ARGS="--dataset ...")
-	@$(PY) -m benchmarks.training_speed $(ARGS)
+bench: $(VENV)/.requirements ## One process against two, Trainer against raw, both against a plain loop (BENCH=quick: under 3 minutes)
+	@$(PY) -m benchmarks.bench $(if $(filter quick,$(BENCH)),--quick) $(ARGS)
+
+explain: $(VENV)/.requirements ## Where the missing speed-up went, part by part, what would help, and more ranks (ARGS="--dataset ...")
+	@$(PY) -m benchmarks.explain $(ARGS)
+
+scaling: $(VENV)/.requirements ## Predicted efficiency for 2 to 64 ranks, from what explain measured (ARGS="--faster 200")
+	@$(PY) -m benchmarks.scaling $(ARGS)
+
+bench-report: $(VENV)/.requirements ## The pages of speed, made of benchmarks/results/*.json
+	@$(PY) -m benchmarks.bench_report $(ARGS)
 
 bench-serve: $(VENV)/.requirements ## The service beside FastAPI + pipeline, LitServe and mosec (MODEL= ARGS="--quick --dataset ...")
 	@$(PY) -m benchmarks.bench_serve $(if $(MODEL),--model "$(MODEL)") $(ARGS)
@@ -62,11 +75,24 @@ bench-serve: $(VENV)/.requirements ## The service beside FastAPI + pipeline, Lit
 soak: $(VENV)/.requirements ## The service under load while it is swapped, broken and killed (SOAK=full: every fault)
 	@$(PY) -m benchmarks.soak $(if $(filter full,$(SOAK)),--full) $(ARGS)
 
+# USER is also the name one has here, in the environment: only what was given to make counts.
+kaggle: $(VENV)/.requirements ## Push the notebook for 2x T4 to Kaggle (USER=name HUB_REPO=user/name; ARGS=--dry only checks it)
+	@$(PY) -m benchmarks.kaggle $(if $(filter command,$(origin USER)),--user "$(USER)") $(if $(HUB_REPO),--set "HUB_REPO=$(HUB_REPO)") $(ARGS)
+
 hub: $(VENV)/.requirements ## A Hub on this machine, in the foreground (ARGS="--port 8009")
 	@$(PY) -m pipeline.local_hub $(ARGS)
 
 push: $(VENV)/.requirements ## Publish a finished run (RUN=outputs/ag_news REPO=user/name)
 	@$(PY) -m pipeline.hub $(if $(RUN),--run "$(RUN)") $(if $(REPO),--repo "$(REPO)") $(ARGS)
+
+verify: $(VENV)/.requirements ## Pull a release, score it again, say whether its card is true (REPO=user/name REVISION=v1)
+	@$(PY) -m pipeline.verify $(if $(REPO),--repo "$(REPO)") $(if $(REVISION),--revision "$(REVISION)") $(ARGS)
+
+deploy-space: $(VENV)/.requirements ## A Docker Space that answers curl (SPACE=user/api MODEL=user/repo REVISION=tag ARGS="--private")
+	@$(PY) -m pipeline.deploy.space $(if $(SPACE),--space "$(SPACE)") $(if $(MODEL),--model "$(MODEL)") $(if $(REVISION),--revision "$(REVISION)") $(ARGS)
+
+deploy-page: $(VENV)/.requirements ## A free Space: the page, with the model in the visitor's browser (SPACE=user/page MODEL=user/repo REVISION=tag)
+	@$(PY) -m pipeline.deploy.page $(if $(SPACE),--space "$(SPACE)") $(if $(MODEL),--model "$(MODEL)") $(if $(REVISION),--revision "$(REVISION)") $(ARGS)
 
 predict: $(VENV)/.requirements ## Label a file without a server (MODEL=, INPUT=, OUTPUT=)
 	@$(PY) -m pipeline.predict $(if $(MODEL),--model "$(MODEL)") $(if $(INPUT),--input "$(INPUT)") $(if $(OUTPUT),--output "$(OUTPUT)") $(ARGS)

@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 GRACE_SECONDS = 40  # the launcher itself gives its workers 30 s
 
-# What a user types for each entry and number of processes on the CPU.
+# What a user types for each entry and number of processes; `pipeline.launch` takes the launch files of the device.
 COMMANDS = {
     ("trainer", 1): ("pipeline.launch", "train"),
     ("trainer", 2): ("pipeline.launch", "train-ddp"),
@@ -37,17 +37,21 @@ COMMANDS = {
 
 @dataclass(frozen=True)
 class Launch:
-    """One run to be launched: `entry` is trainer or raw; the folder is its --output_dir, beside which its log is kept."""
+    """One run to be launched: `entry` is trainer or raw; the folder is its --output_dir, beside which its log is kept.
+
+    On `cuda`, `pipeline.launch` takes as many GPUs as it sees: show it two (CUDA_VISIBLE_DEVICES) for two processes.
+    """
 
     entry: str
     processes: int
     folder: Path
     arguments: tuple[str, ...]
+    device: str = "cpu"
 
     @property
     def command(self) -> list[str]:
         module, *kind = COMMANDS[self.entry, self.processes]
-        return [sys.executable, "-m", module, *kind, *self.arguments, "--device", "cpu", "--output_dir", str(self.folder)]
+        return [sys.executable, "-m", module, *kind, *self.arguments, "--device", self.device, "--output_dir", str(self.folder)]
 
     @property
     def log(self) -> Path:
@@ -140,10 +144,11 @@ def provenance() -> dict[str, Any]:
     return {"date": datetime.now(UTC).isoformat(timespec="seconds"), "provenance": surroundings()}
 
 
-def write_results(name: str, results: Mapping[str, Any]) -> Path:
-    """Write results/<name>.json with its provenance."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+def write_results(name: str, results: Mapping[str, Any], folder: Path | None = None) -> Path:
+    """Write <name>.json with its provenance, to results/ or another folder."""
+    folder = folder or RESULTS
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
     write_json(path, {"format": 1, **provenance(), **results})
     return path
 

@@ -2,30 +2,36 @@
 
     python -m benchmarks.plain_loop --model .cache/assets/all-MiniLM-L6-v2 --dataset .cache/assets/reuters-r8 --steps 30
 
-Written on its own, with nothing of pipeline/, so that it is what it says. Prints one line of JSON: samples per second over
-the steps after the first three, which load code and fill caches.
+Written on its own, with nothing of pipeline/, so that it is what it says. Prints one line of JSON, of the steps after the
+first three, which load code and fill caches: rows, their tokens, those computed with padding, the squares of both row by row,
+the seconds of each step, and the peak of memory.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import time
+from pathlib import Path
 
 import torch
 from datasets import load_dataset
 from torch.utils.data import DataLoader
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+FIRST_STEPS = 3
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.plain_loop", allow_abbrev=False)
     parser.add_argument("--model", required=True, help="Hub id or folder.")
     parser.add_argument("--dataset", required=True, help="Hub id or folder with the columns text and label.")
-    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--steps", type=int, default=30, help="More than 3.")
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--max_length", type=int, default=128)
     parser.add_argument("--threads", type=int, default=0, help="0: torch's own choice.")
+    parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
@@ -38,18 +44,32 @@ def main() -> None:
     rows.set_format("torch", columns=["input_ids", "attention_mask", "label"])
     classes = rows.features["label"].num_classes
     model = AutoModelForSequenceClassification.from_pretrained(arguments.model, num_labels=classes, dtype=torch.float32)
+    model.to(arguments.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-5, weight_decay=0.01)
     model.train()
-    began = 0.0
+    seconds: list[float] = []
+    tokens = squares = 0
+    began = time.perf_counter()
     for step, batch in enumerate(DataLoader(rows, batch_size=arguments.batch_size, shuffle=True)):
-        if step == 3:
-            began = time.perf_counter()
+        if step >= FIRST_STEPS:
+            lengths = batch["attention_mask"].sum(1)
+            tokens, squares = tokens + int(lengths.sum()), squares + int(lengths.square().sum())
+        batch = {name: tensor.to(arguments.device) for name, tensor in batch.items()}
         loss = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=batch["label"]).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    seconds = time.perf_counter() - began
-    print(json.dumps({"samples_per_second": (arguments.steps - 3) * arguments.batch_size / seconds, "threads": torch.get_num_threads()}))
+        loss.item()  # as loops that print it do; on a GPU it waits for the step
+        now = time.perf_counter()
+        seconds.append(now - began)
+        began = now
+    seconds = seconds[FIRST_STEPS:]
+    on_gpu = arguments.device != "cpu"
+    held = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
+    memory = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else int(held.group(1)) / 2**20 if held else None
+    done = len(seconds) * arguments.batch_size
+    print(json.dumps({"rows": done, "tokens": tokens, "squares": squares, "padded_tokens": done * arguments.max_length, "padded_squares": done * arguments.max_length**2,
+                      "step_seconds": seconds, "peak_memory_gib": memory, "threads": torch.get_num_threads()}))  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     figure, axis = plt.subplots(figsize=(9, 4.6), layout="constrained")
     for rank, colour in enumerate(COLOURS):
         points = [(step + 1, row) for step, ranks in enumerate(results["steps"]) for row in ranks[rank]]
-        axis.scatter(*zip(*points, strict=True), s=16, color=colour, label=f"rank {rank}", linewidths=0)
+        axis.scatter([step for step, _ in points], [row for _, row in points], s=16, color=colour, label=f"rank {rank}", linewidths=0)
     length, total = results["steps_per_epoch"], len(results["steps"])
     for start in range(length, total, length):
         axis.axvline(start + 0.5, color="#666666", linewidth=0.8)

@@ -11,17 +11,21 @@ import re
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData, constants
+from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData, constants
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
 PLACEHOLDER = "OWNER/NAME"  # stands for the repository until a release is published
 
-# Known of the mission's own sources; of others the card claims nothing.
-LICENSES = {"distilbert/distilbert-base-uncased": "apache-2.0", "distilbert-base-uncased": "apache-2.0"}
+# Known of the mission's own sources; others are asked for on their own pages.
+LICENCES = {
+    "distilbert/distilbert-base-uncased": "apache-2.0",
+    "distilbert-base-uncased": "apache-2.0",
+    "fancyzhx/ag_news": "unknown: none is stated there; the AG corpus was given for research and other non-commercial use",
+}
 LANGUAGES = {"fancyzhx/ag_news": "en"}
 
 _ABSOLUTE_PATH = re.compile(r"""(?<![\w:/.~-])/(?:[^\s/'"=,;:]+/)+([^\s/'"=,;:]*)""")
@@ -53,7 +57,51 @@ def hub_id(name: str | None) -> str | None:
     return name
 
 
-def model_card(record: Mapping[str, Any], repo: str | None, *, example: str | None = None, onnx: bool = True, pictures: bool = True) -> str:
+def licence(kind: Literal["model", "dataset"], name: str | None) -> str | None:
+    """The licence that a repository's own page states; None where it states none, is not on the Hub, or the Hub is away."""
+    repo = hub_id(name)
+    if repo is None or repo in LICENCES:
+        return LICENCES.get(str(repo))
+    try:
+        info = (HfApi().model_info if kind == "model" else HfApi().dataset_info)(repo, timeout=10)
+    except Exception:  # whatever is wrong with the Hub: a release is not lost for want of this
+        return None
+    stated = info.card_data.get("license") if info.card_data else None
+    return ", ".join(map(str, stated)) if isinstance(stated, list) else stated
+
+
+def figures(test: Mapping[str, Any]) -> dict[str, tuple[str, float, dict[str, str] | None]]:
+    """What a card claims of `test` (from `compute_metrics`): name in the model-index -> metric type, value, arguments."""
+    found: dict[str, tuple[str, float, dict[str, str] | None]] = {
+        "Accuracy": ("accuracy", test["accuracy"], None),
+        "Macro F1": ("f1", test["macro_f1"], {"average": "macro"}),
+        "Negative log-likelihood (nats)": ("nll", test["nll"], None),
+        "Expected calibration error (15 bins)": ("expected_calibration_error", test["ece"], None),
+    }
+    return found | {f"F1 of {name}": ("f1", row["f1"], {"class": name}) for name, row in test["per_class"].items()}
+
+
+def result_rows(test: Mapping[str, Any]) -> list[str]:
+    """The rows of the card's two tables of results: all figures first, then one row a class."""
+    rows = [[f"{test[name]:.4f}" for name in ("accuracy", "macro_f1", "nll", "ece")]]
+    for name, row in test["per_class"].items():
+        rows.append([_cell(name), *(f"{row[kind]:.4f}" for kind in ("precision", "recall", "f1")), str(row["support"])])
+    return [f"| {' | '.join(row)} |" for row in rows]
+
+
+def _cell(text: Any) -> str:
+    return str(text).replace("|", "\\|").replace("\n", " ")
+
+
+def model_card(
+    record: Mapping[str, Any],
+    repo: str | None,
+    *,
+    example: str | None = None,
+    onnx: bool = True,
+    pictures: bool = True,
+    licences: tuple[str | None, str | None] = (None, None),
+) -> str:
     """The README.md of a release.
 
     Args:
@@ -62,6 +110,7 @@ def model_card(record: Mapping[str, Any], repo: str | None, *, example: str | No
         example: a text to show the use with.
         onnx: whether the release holds onnx/model.onnx.
         pictures: whether the release holds the pictures of `card_images`.
+        licences: of the base model and of the data, as their pages state them (see `licence`).
 
     Raises ValueError where huggingface_hub's parser would not read the result back.
     """
@@ -72,7 +121,7 @@ def model_card(record: Mapping[str, Any], repo: str | None, *, example: str | No
     repo, example = repo or PLACEHOLDER, example or "Put a text of your own here."
     data = ModelCardData(
         language=language,
-        license=LICENSES.get(str(base_id)),
+        license=licences[0] if re.fullmatch(r"[a-z0-9.+-]+", licences[0] or "") else None,  # the Hub refuses what is no licence's id
         library_name="transformers",
         pipeline_tag="text-classification",
         base_model=base_id,
@@ -100,11 +149,12 @@ def model_card(record: Mapping[str, Any], repo: str | None, *, example: str | No
         shell_body=shlex.quote(json.dumps({"text": example}, ensure_ascii=False)),
         test_rows=f"Split `{record['config']['test_split']}` of `{dataset_id or _short(dataset)}`"
         + (f" at revision `{record['data']['revision']}`." if record["data"].get("revision") else "."),
+        result_rows=result_rows(record["test"]),
         facts=_facts(record),
         processes=_processes(record["topology"]),
-        limits=_limits(record, language),
+        limits=[*_limits(record, language), _licences(base_id or _short(base), dataset_id or _short(dataset), licences)],
         percent=lambda share: f"{share:.1%}",
-        cell=lambda text: str(text).replace("|", "\\|").replace("\n", " "),
+        cell=_cell,
     )
     return str(card)
 
@@ -136,15 +186,9 @@ def _eval_results(record: Mapping[str, Any], dataset_id: str | None) -> list[Eva
         "dataset_split": config["test_split"],
         "dataset_revision": record["data"].get("revision"),
     }
-    figures = (
-        ("accuracy", "Accuracy", "accuracy", None),
-        ("f1", "Macro F1", "macro_f1", {"average": "macro"}),
-        ("nll", "Negative log-likelihood (nats)", "nll", None),
-        ("expected_calibration_error", "Expected calibration error (15 bins)", "ece", None),
-    )
     return [
-        EvalResult(metric_type=kind, metric_name=title, metric_value=round(float(test[key]), 6), metric_args=arguments, **where)
-        for kind, title, key, arguments in figures
+        EvalResult(metric_type=kind, metric_name=name, metric_value=round(float(value), 6), metric_args=arguments, **where)
+        for name, (kind, value, arguments) in figures(test).items()
     ]
 
 
@@ -194,11 +238,20 @@ def _facts(record: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("Seed", str(config["seed"])),
         ("Duration", f"{_duration(record['train_seconds'])}, {record['samples_per_second']:,.0f} training rows a second"),
         ("Hardware", ", ".join(machine)),
+        *_energy(record.get("energy_joules")),
         ("Precision", f"{record['topology']['precision']} in training, fp32 weights"),
         ("Versions", ", ".join(f"{name} {version}" for name, version in record["versions"].items() if version)),
         ("Code", commit + (" with uncommitted changes" if code.get("dirty") else "")),
         ("Finished", record["finished"]),
     ]
+
+
+def _energy(joules: Mapping[str, float] | None) -> list[tuple[str, str]]:
+    """A row where the machine counts it; joules by `cpu` and `gpu`."""
+    names = {"gpu": "the GPUs (NVML)", "cpu": "the CPU packages (RAPL)"}
+    hours = {name: joules[kind] / 3600 for kind, name in names.items() if joules and kind in joules}
+    drawn = ", ".join(f"{value:,.0f} Wh by {name}" if value >= 100 else f"{value:.3g} Wh by {name}" for name, value in hours.items())
+    return [("Energy", f"{drawn}: all they drew during training, other programs' share included")] if drawn else []
 
 
 def _limits(record: Mapping[str, Any], language: str | None) -> list[str]:
@@ -216,5 +269,9 @@ def _limits(record: Mapping[str, Any], language: str | None) -> list[str]:
         n, true, taken = max(mistakes)
         limits[-1] += f" Its most frequent mistake is to take {true} for {taken}: {n} of {test['per_class'][true]['support']} test texts."
     limits += [f"About the data: {warning}" for warning in record["data"].get("warnings", [])]
-    limits.append("The licences of the base model and of the data apply to what is made of them: see their pages.")
     return limits
+
+
+def _licences(base: str, dataset: str, licences: tuple[str | None, str | None]) -> str:
+    stated = [f"{name}: {text or 'not known here, see where it comes from'}" for name, text in zip((base, dataset), licences, strict=True)]
+    return f"Licences of what it is made of, which apply to it as well. Base model {stated[0]}. Data {stated[1]}."

@@ -58,27 +58,29 @@ def confusion_matrix(matrix: np.ndarray, labels: list[str]) -> Figure:
 
 
 def training_curve(record: Mapping[str, Any]) -> Figure:
-    """Training loss by step on the left; accuracy and macro F1 on the validation share on the right."""
+    """Losses by step; beside them, where there are several evaluations, accuracy and macro F1 on the validation share."""
     history, evaluations, best = record["history"], record.get("epochs") or [], record.get("best")
+    panels = 2 if len(evaluations) > 1 else 1  # a curve of one point says less than the number in the text
     figure = Figure(figsize=(9, 3.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    dots: dict[str, Any] = {"markersize": 4, "linewidth": 1.4}
+    left, *others = figure.subplots(1, panels, squeeze=False)[0]
+    dots: dict[str, Any] = {"markersize": 5, "linewidth": 1.4}
     left.plot([h["step"] for h in history], [h["loss"] for h in history], color=LOSS, linewidth=1.4, label="training")
     if evaluations:
-        left.plot([e["step"] for e in evaluations], [e["nll"] for e in evaluations], "o--", color=GREY, label="validation", **dots)
+        left.plot([e["step"] for e in evaluations], [e["nll"] for e in evaluations], "o--", color=ACCURACY, label="validation", **dots)
     left.set(xlabel="optimizer step", ylabel="cross-entropy (nats)", title="Loss")
     left.set_ylim(bottom=0)
-    for key, colour, name in (("accuracy", ACCURACY, "accuracy"), ("macro_f1", F1, "macro F1")):
-        right.plot([e["step"] for e in evaluations], [e[key] for e in evaluations], "o-", color=colour, label=name, **dots)
-    right.set(xlabel="optimizer step", title="Validation")
-    right.set_xlim(left.get_xlim())
-    scores = [e[key] for e in evaluations for key in ("accuracy", "macro_f1")]
-    if scores:  # at least five points of room: a difference of a thousandth should not look like a cliff
+    for right in others:
+        for key, colour, mark, name in (("accuracy", ACCURACY, "o-", "accuracy"), ("macro_f1", F1, "s--", "macro F1")):
+            right.plot([e["step"] for e in evaluations], [e[key] for e in evaluations], mark, color=colour, label=name, **dots)
+        right.set(xlabel="optimizer step", title="Validation")
+        right.set_xlim(left.get_xlim())
+        # At least five points of room: a difference of a thousandth should not look like a cliff.
+        scores = [e[key] for e in evaluations for key in ("accuracy", "macro_f1")]
         middle, half = (min(scores) + max(scores)) / 2, max((max(scores) - min(scores)) * 0.6, 0.025)
         right.set_ylim(middle - half, middle + half)
-    if best and evaluations:
-        right.axvline(best["step"], color=GREY, linestyle=":", linewidth=1.2, label="released weights")
-    for axes in (left, right):
+    for axes in (left, *others):
+        if best and evaluations:
+            axes.axvline(best["step"], color=GREY, linestyle=":", linewidth=1.2, label="released weights", zorder=0)
         axes.grid(axis="y", color="#e4e7eb", linewidth=0.8)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)

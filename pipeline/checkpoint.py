@@ -12,23 +12,27 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import TrainConfig
+from pipeline.config import FIELDS, TrainConfig
 from pipeline.errors import UserError
 
 MANIFEST = "manifest.json"
 ANEW = ".begun-anew"  # which launcher began the run with `--resume none`
+BEGUN = ".begun"  # by which launch
+SEEN_SECONDS = 20.0  # for a file to be seen from another machine; NFS may keep what it knows of a folder for a while
 
 # What may differ between the run that wrote a checkpoint and the one that goes on from it: where it runs and what it
 # tells, not what it learns. (Rows per device and the number of processes may change: the global batch does not.)
 FREE_FIELDS = {
-    "max_per_device_batch_size", "device", "cpu_threads", "dataloader_workers", "hang_seconds", "output_dir", "resume", "checkpoint_steps",
-    "save_total_limit", "tracker", "trace", "onnx", "push_to_hub", "hub_repo", "hub_tag", "hub_checkpoints", "hub_private",
+    "max_per_device_batch_size", "device", "cpu_threads", "dataloader_workers", "bucket_mb", "static_graph", "hang_seconds", "output_dir",
+    "resume", "checkpoint_steps", "save_total_limit", "tracker", "trace", "onnx", "push_to_hub", "hub_repo", "hub_tag", "hub_checkpoints",
+    "hub_private",
 }  # fmt: skip
 
 # What only names the model and the rows: free to change (another folder, another machine) where these are the same.
@@ -150,7 +154,7 @@ def whole(output_dir: str | Path) -> list[Path]:
 def set_aside(output_dir: str | Path) -> Path | None:
     """Move what an earlier run left to `<output_dir>.1` (or .2, ...): a new start loses nothing."""
     folder = Path(output_dir)
-    if not folder.exists() or not any(folder.iterdir()):
+    if not folder.exists() or all(path.name in (ANEW, BEGUN) for path in folder.iterdir()):
         return None
     number = next(n for n in range(1, 10**6) if not folder.with_name(f"{folder.name}.{n}").exists())
     return folder.rename(folder.with_name(f"{folder.name}.{number}"))
@@ -178,6 +182,39 @@ def find_resume(config: TrainConfig, entry: str, identity: Mapping[str, Any]) ->
     # Also when none is good: what is damaged must not pass for newer than what is about to be written.
     _leave_behind(config.output_dir, step_of(folder) if folder else 0)
     return folder
+
+
+def _launch() -> str:
+    """The same on all ranks of a launch; another for each restart, and for each launch with a port or an id of its own."""
+    return ":".join(
+        os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")
+    )
+
+
+def begin_run(output_dir: str) -> None:
+    """Rank 0, before the others go on: leave word in the run's folder for `check_shared`."""
+    Path(output_dir).mkdir(parents=True, exist_ok=True)
+    write_json(Path(output_dir) / BEGUN, {"launch": _launch()})
+
+
+def check_shared(output_dir: str, seconds: float = SEEN_SECONDS) -> None:
+    """Every rank, once rank 0 has begun the run: does this machine see the same folder? Asked before hours are spent.
+
+    Raises UserError where it has not come to see what rank 0 wrote after `seconds`.
+    """
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            if read_json(Path(output_dir) / BEGUN)["launch"] == _launch():
+                return
+        except (OSError, ValueError):
+            pass
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"{socket.gethostname()} does not see what rank 0, on another machine, has written to {Path(output_dir).resolve()}. Give an "
+                "--output_dir on storage that all machines share."
+            )
+        time.sleep(0.5)
 
 
 def _begun_anew(output_dir: str) -> bool:
@@ -247,6 +284,7 @@ def unusable(folder: Path) -> str | None:
 
 def _changes(then: Mapping[str, Any], config: TrainConfig, free: set[str]) -> str:
     now = config.to_dict()
+    then = {name: field.default for name, field in FIELDS.items()} | dict(then)  # a field that came later: as it was without it
     return ", ".join(f"{name} {then.get(name)} -> {now[name]}" for name in now if name not in free and then.get(name) != now[name])
 
 

@@ -74,6 +74,9 @@ class TrainConfig:
     )
     cpu_threads: int = _option(0, "Threads per process on the CPU; 0: allowed cores divided by local processes.")
     dataloader_workers: int = _option(0, "Processes per rank that collate batches; 0: in the training process.")
+    comm_hook: Literal["none", "fp16"] = _option("none", "fp16: all-reduce gradients as fp16, half the bytes, rounded; none: as they are.")
+    bucket_mb: int = _option(25, "Gradients are all-reduced in buckets of this many MiB; 25 is torch's default (its first bucket 1).")
+    static_graph: bool = _option(False, "Promise DDP that every step uses the same parameters; it then searches for nothing after step 1.")
 
     hang_seconds: int = _option(25, "A rank without progress for this long (and 5 times the longest step) ends the run; 0: never.")
 
@@ -106,7 +109,7 @@ class TrainConfig:
             if value is not None and not low <= value < high:
                 raise UserError(f"{name} is {value}: allowed is {low} up to, but not including, {high}.")
         for name in ("max_length", "epochs", "global_batch_size", "max_per_device_batch_size", "learning_rate",
-                     "evals_per_epoch", "save_total_limit", "logging_steps"):  # fmt: skip
+                     "evals_per_epoch", "save_total_limit", "logging_steps", "bucket_mb"):  # fmt: skip
             if getattr(self, name) <= 0:
                 raise UserError(f"{name} is {getattr(self, name)}: allowed is anything above 0.")
         for name in ("weight_decay", "max_grad_norm", "early_stopping_patience", "cpu_threads", "dataloader_workers", "seed",

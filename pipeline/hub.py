@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.errors import RepositoryNotFoundError
 
 from pipeline.card import PLACEHOLDER
 from pipeline.checkpoint import whole
@@ -35,6 +36,8 @@ REQUIRED = ("README.md", "config.json", "golden.json", "model.safetensors", "run
 # repository holds is its owner's and stays.
 SUPERSEDED = ("onnx/model.onnx", "onnx/model.onnx_data", "onnx/model.onnx.data", "vocab.txt", "merges.txt", "special_tokens_map.json",
               "added_tokens.json", "model.safetensors.index.json", "confusion_matrix.png", "training_curve.png")  # fmt: skip
+# What clients would load instead of a release's own model, or beside it.
+WEIGHTS = re.compile(r"(onnx/)?[^/]+\.(safetensors(\.index\.json)?|bin|h5|msgpack|pt|pth|ckpt|gguf|onnx)")
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,8 @@ def check_before_training(config: TrainConfig, api: HfApi | None = None) -> None
     limit_waiting(CHECK_SECONDS)
     try:
         check_write_access(config.hub_repo, api)
+        if config.push_to_hub:
+            _refuse_foreign_model(config.hub_repo, api)
     except Exception as error:
         refused = isinstance(error, UserError)
         line = str(error) if refused else advice_line(error, api, config.hub_repo)
@@ -100,8 +105,8 @@ def publish(
         api: client of another Hub or with another token than the environment's.
 
     Raises:
-        UserError: no or insufficient token, somebody else's namespace, a tag that is taken by another release, quota,
-            network, or a failed proof.
+        UserError: no or insufficient token, somebody else's namespace, a repository with a model that is no release, a
+            tag that is taken by another release, quota, network, or a failed proof.
     """
     folder, api = Path(folder), api or HfApi()
     limit_waiting()
@@ -111,6 +116,7 @@ def publish(
     kept = f"Nothing is lost: the release stays in {folder}; run `python -m pipeline.hub --run {folder.parent} --repo {repo}` again then."
     with advice(api, repo, kept):
         check_write_access(repo, api)
+        _refuse_foreign_model(repo, api)
         repo = api.create_repo(repo, private=private or None, exist_ok=True).repo_id
         if private:
             require_private(repo, api)
@@ -143,6 +149,25 @@ def publish(
                 raise UserError(f"{error} (The tag {tag} was taken back.)") from error
             raise
     return Published(repo, commit, tag, f"{api.endpoint}/{repo}/tree/{tag}", proof)
+
+
+def _refuse_foreign_model(repo: str, api: HfApi) -> None:
+    """Raises UserError where main holds a model that no release of ours put there; says so where the name is a dataset's too."""
+    try:
+        names = api.list_repo_files(repo)
+    except RepositoryNotFoundError:
+        for kind in ("dataset", "space"):
+            if api.repo_exists(repo, repo_type=kind):
+                print(
+                    f"note: {repo} is a {kind}, which stays as it is; the model gets a repository of its own under that name.", flush=True
+                )
+        return
+    weights = sorted(name for name in names if WEIGHTS.fullmatch(name))
+    if weights and "run.json" not in names:
+        raise UserError(
+            f"{repo} holds a model that is no release of this project ({', '.join(weights[:3])}{' ...' if weights[3:] else ''}); a release would "
+            f"mix with it. Choose another --repo, or delete these files first: hf repos delete-files {repo} {' '.join(map(repr, weights[:3]))}"
+        )
 
 
 def _release_files(folder: Path, repo: str) -> dict[str, Path | bytes]:

@@ -132,7 +132,7 @@ def _advice_line(error: Exception, api: HfApi, repo: str) -> str | None:
     if status in (402, 413, 507) or (status == 403 and re.search(r"quota|storage|limit|exceed|upgrade", said, re.IGNORECASE)):
         return f"The Hub has no room for {repo} ({status}: {said or 'quota'}). Delete old repositories or get more storage."
     if status == 409:
-        return f"The Hub at {api.endpoint} refused {repo} for a clash ({said or 'conflict'})."
+        return f"The Hub at {api.endpoint} refused {repo} for a clash ({said or 'conflict'}): run it again, or choose another name."
     # The client lets its HTTP library's own errors through, and Xet's, which are Python's.
     if "HF_HUB_DISABLE_XET" not in str(error) and {kind.__name__ for kind in type(error).__mro__} & {
         "TransportError",

@@ -4,6 +4,7 @@
     python -m pipeline.launch train-ddp configs/ag_news.yaml               # two processes, or one per GPU
     python -m pipeline.launch train-raw-ddp configs/ag_news.yaml           # the hand-written script
     python -m pipeline.launch train-ddp configs/ag_news.yaml --max_restarts 3   # goes on by itself after a failed rank
+    python -m pipeline.launch torchrun --nnodes 2 ... -m pipeline.train CONFIG  # any bare command, for schedulers that look at the code
 
 It prints the plain `accelerate launch` or `torchrun` command it stands for. Those launchers turn any failure into exit
 code 1 and forty lines of traceback; here the entry's own line is the last word and its code comes through.
@@ -131,6 +132,9 @@ def take_restarts(arguments: list[str]) -> int:
 
 
 def main(argv: list[str]) -> int:
+    if argv[:1] == ["torchrun"] or argv[:2] == ["accelerate", "launch"]:
+        os.environ["DISTRINEWS_COMMAND"] = shlex.join(argv)
+        return launch(argv + ["--debug"] * ("--debug" in sys.argv))
     if not argv or argv[0] not in KINDS:
         given = argv[0] if argv else "nothing"
         raise UserError(f"'{given}' is no launch target; allowed is {', '.join(KINDS)}.{nearest(given, KINDS)}")

@@ -26,6 +26,7 @@ from typing import Any, Literal
 import torch
 from tqdm.auto import tqdm
 
+from pipeline import energy
 from pipeline.config import TrainConfig
 from pipeline.topology import BatchPlan, Topology, allowed_cores
 
@@ -63,23 +64,28 @@ class Recorder:
         self.worse_in_a_row = 0
         self.finished = False  # all steps done, or stopped early
         self.step_seconds = 0.0
+        self.step_times: list[float] = []  # seconds of each step, without what `pause` excludes
         self.train_seconds = 0.0
         self.pauses = {"validation": 0.0, "checkpoint": 0.0}
         self.sessions: list[dict[str, Any]] = []  # what trained it, one entry for each time it was started or resumed
         self._mark: dict[str, float] = {"step": 0, "seconds": 0.0, "logs": 0}  # where the last evaluation stood
-        self._started = self._resumed = 0.0
+        self._started = self._resumed = self._stepped = 0.0
         self._bar: Any = None
         self._board: Any = None
+        self._meter: energy.EnergyMeter | None = None
 
     # -- timing ---------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
         """Training begins, or goes on after `load`."""
         self._resumed = self._started = time.perf_counter()
+        self._stepped = self.step_seconds
         place = {name: value for name, value in asdict(self.topology).items() if "rank" not in name and name != "local_world_size"}
         session = {"after_step": self.step, "topology": place, "batch": self.plan.to_dict()}
         self.sessions.append(session | (surroundings() if self.speaks else {}))
         if self.speaks:
+            if self.topology.world_size == self.topology.local_world_size:  # of other machines nothing is known
+                self._meter = energy.EnergyMeter(self.topology.world_size if self.topology.device == "cuda" else 0)
             self._bar = tqdm(total=self.total_steps, initial=self.step, unit="step", desc="training", dynamic_ncols=True, mininterval=0.5)
             if self.config.tracker == "tensorboard":
                 from torch.utils.tensorboard import SummaryWriter
@@ -106,6 +112,7 @@ class Recorder:
         self.step_seconds += now - self._resumed
         self.train_seconds += now - self._started
         self._resumed = self._started = now
+        self._count_energy()
         for sink in (self._bar, self._board):
             if sink is not None:
                 sink.close()
@@ -116,6 +123,9 @@ class Recorder:
     def stepped(self, step: int) -> None:
         """An optimizer step is done."""
         self.step = step
+        now = self.step_seconds + time.perf_counter() - self._resumed
+        self.step_times.append(round(now - self._stepped, 6))
+        self._stepped = now
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
 
@@ -144,6 +154,7 @@ class Recorder:
         if grad_norm is not None:
             entry["grad_norm"] = grad_norm
         self.history.append(entry)
+        self._count_energy()
         if self._bar is not None:
             self._bar.set_postfix(loss=f"{loss:.3f}", lr=f"{learning_rate:.1e}", refresh=False)
         self._scalars("train", entry, step)
@@ -190,6 +201,10 @@ class Recorder:
                 self._bar.clear()
             print(line, flush=True)
 
+    def _count_energy(self) -> None:
+        if self._meter is not None and (joules := self._meter.read()):
+            self.sessions[-1]["energy_joules"] = joules
+
     def _scalars(self, group: str, values: Mapping[str, float], step: int) -> None:
         if self._board is not None:
             for name, value in values.items():
@@ -197,8 +212,8 @@ class Recorder:
 
     # -- state in a checkpoint ------------------------------------------------------------------------------------
 
-    _KEPT = ("run_id", "step", "history", "epochs", "best", "worse_in_a_row", "finished", "step_seconds", "train_seconds", "pauses", "sessions",
-             "_mark")  # fmt: skip
+    _KEPT = ("run_id", "step", "history", "epochs", "best", "worse_in_a_row", "finished", "step_seconds", "step_times", "train_seconds", "pauses",
+             "sessions", "_mark")  # fmt: skip
 
     def state(self) -> dict[str, Any]:
         """What a resumed run needs, for a checkpoint's manifest (call inside `pause`)."""
@@ -207,7 +222,7 @@ class Recorder:
 
     def load(self, state: Mapping[str, Any]) -> None:
         for name in self._KEPT:
-            setattr(self, name, state[name])
+            setattr(self, name, state[name] if name != "step_times" else state.get(name, []))  # older checkpoints lack these
 
 
 def run_record(
@@ -220,12 +235,13 @@ def run_record(
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "config": config.to_dict(),
         # Of the last session that trained: a finished run may be scored and released again elsewhere.
-        **{name: value for name, value in recorder.sessions[-1].items() if name != "after_step"},
+        **{name: value for name, value in recorder.sessions[-1].items() if name not in ("after_step", "energy_joules")},
         "sessions": recorder.sessions,
         "data": dict(data),
         "steps": recorder.step,
         "train_seconds": recorder.train_seconds,
         "pauses": recorder.pauses,
+        "energy_joules": energy.total(recorder.sessions),
         "samples_per_second": recorder.step * plan.global_rows / max(recorder.step_seconds, 1e-9),
         "history": recorder.history,
         "epochs": recorder.epochs,

@@ -23,7 +23,7 @@ import torch
 import transformers
 from torch import nn
 
-from pipeline.card import model_card, without_local_paths
+from pipeline.card import licence, model_card, without_local_paths
 from pipeline.card_images import card_images
 from pipeline.checkpoint import write_json
 from pipeline.export import INPUTS, ExportError, export_onnx, reference_copy
@@ -89,7 +89,9 @@ def build_release(folder: Path, model: nn.Module, tokenizer: Any, record: Mappin
         print(f"warning: the release has no {ONNX_FILE}. {error}", flush=True)
     card_images(record, building)
     onnx = (building / ONNX_FILE).exists()
-    (building / "README.md").write_text(model_card(record, None, example=_showpiece(golden), onnx=onnx), encoding="utf-8")
+    licences = licence("model", record["config"]["model"]), licence("dataset", record["data"]["dataset"])
+    card = model_card(record, None, example=_showpiece(golden), onnx=onnx, licences=licences)
+    (building / "README.md").write_text(card, encoding="utf-8")
     write_json(building / "run.json", without_local_paths(record))
     _swap_in(building, folder)
     return folder

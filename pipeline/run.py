@@ -32,6 +32,7 @@ from pipeline.model import load_tokenizer, weights_sha256
 from pipeline.record import Recorder
 from pipeline.sampler import GlobalBatchSampler
 from pipeline.sources import Source, find_model
+from pipeline.speed import peak_memory_gib, speed
 from pipeline.state import load_weights
 from pipeline.topology import BatchPlan, Topology
 
@@ -109,7 +110,7 @@ def announce(entry: str, config: TrainConfig, topology: Topology, plan: BatchPla
     weights = f", class weights {config.class_weights}" if prepared.class_weights is not None else ""
     recorder.say(
         f"entry       {entry}\n"
-        f"topology    {topology.world_size} process(es), backend {topology.backend}, {place}\n"
+        f"topology    {topology.world_size} process(es), backend {topology.backend}, {place}{', FSDP' * topology.sharded}\n"
         f"precision   {topology.precision}{' (autocast; weights and optimizer in fp32)' if topology.autocast else ''}\n"
         f"model       {config.model}, {len(prepared.label_names)} classes{weights}\n"
         f"data        {config.dataset}: {rows}\n"
@@ -165,6 +166,7 @@ class Keeper:
         """The checkpoint to go on from, fetched from the Hub where that has a newer one; None to start from the beginning."""
         restore(self.config, self.recorder.say)
         folder = checkpoint.find_resume(self.config, self.entry, self.identity)
+        checkpoint.begin_run(self.output_dir)
         if self.config.hub_checkpoints:
             assert self.config.hub_repo is not None
             self.backup = Backup(self.output_dir, self.config.hub_repo, self.config.hub_private, self.recorder.say)
@@ -230,6 +232,8 @@ def conclude(
     """
     assert recorder.best is not None and config.output_dir is not None
     load_weights(model, checkpoint_folder(config.output_dir, recorder.best["step"]))
+    # Ranks stand for rows here: what is gathered is a row number and what belongs to it.
+    memory = in_order(gather((np.array([topology.rank]), np.array([[peak_memory_gib(topology.torch_device)]]))))[:, 0].tolist()
     recorder.say("Scoring the best checkpoint in fp32: validation for the temperature, then test, once.")
     weights_hash = weights_sha256(model)
 
@@ -247,6 +251,7 @@ def conclude(
     return record.run_record(
         entry, config, topology, plan, recorder, data,
         temperature=temperature, validation=validation, test=test, weights_sha256=weights_hash,
+        speed=speed(recorder, prepared.train["length"][:], model, memory, prepared.collator.multiple_of),
     )  # fmt: skip
 
 

@@ -68,15 +68,19 @@ class GlobalBatchSampler(DistributedSampler[list[int]]):
         # Sorting made neighbouring batches alike; shuffled again, long and short ones come in random order.
         return batches[torch.randperm(self.steps, generator=generator)]
 
-    def deal(self, batch: torch.Tensor) -> torch.Tensor:
-        """This rank's rows of one global batch: `(global_batch_size,)` to `(accumulation, batch_size)`."""
+    def hands(self, batch: torch.Tensor) -> torch.Tensor:
+        """All ranks' rows of one global batch: `(global_batch_size,)` to `(accumulation, batch_size, num_replicas)`."""
         if self.length_grouping:
             batch = batch[self.lengths[batch].argsort(descending=True, stable=True)]
         # (micro-batch, round of dealing, rank): a micro-batch's ranks hold neighbours in length, so they pad alike.
         hands = batch.view(self.accumulation, self.batch_size, self.num_replicas).clone()
         # Every other round is dealt backwards; else rank 0 would get the longest text of every round.
         hands[:, 1::2] = hands[:, 1::2].flip(-1)
-        return hands[:, :, self.rank]
+        return hands
+
+    def deal(self, batch: torch.Tensor) -> torch.Tensor:
+        """This rank's rows of one global batch: `(global_batch_size,)` to `(accumulation, batch_size)`."""
+        return self.hands(batch)[:, :, self.rank]
 
     def __iter__(self) -> Iterator[list[int]]:  # type: ignore[override]
         for batch in self.global_batches():

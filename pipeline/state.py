@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from pipeline.checkpoint import read_json, read_manifest, write_json
+from pipeline.sharding import like, whole
 
 WEIGHTS, OPTIMIZER, SCHEDULE = "model.safetensors", "optimizer.safetensors", "schedule.json"
 
@@ -30,15 +31,18 @@ class TrainingState:
     scaler: Any  # GradScaler, or None without one
     loss: torch.Tensor
 
-    def save_shared(self, folder: Path) -> None:
-        """What all ranks have in common; called on one of them."""
-        # safetensors stores plain memory, so views are laid out first. No copy: nothing trains meanwhile.
-        save_file({name: tensor.contiguous() for name, tensor in self.model.state_dict().items()}, folder / WEIGHTS)
+    def save_shared(self, folder: Path, writes: bool = True) -> None:
+        """What all ranks have in common; called on the one that writes, and under FSDP on all, to give their shards."""
         optimizer = self.optimizer.state_dict()
         moments = {f"{i}.{name}": tensor for i, slots in optimizer["state"].items() for name, tensor in slots.items()}
-        save_file(moments, folder / OPTIMIZER)
-        scaler = self.scaler.state_dict() if self.scaler is not None else {}
-        write_json(folder / SCHEDULE, {"groups": optimizer["param_groups"], "scheduler": self.scheduler.state_dict(), "scaler": scaler})
+        for name, tensors in ((WEIGHTS, self.model.state_dict()), (OPTIMIZER, moments)):
+            full = whole(tensors, keep=writes)
+            if writes:
+                # safetensors stores plain memory, so views are laid out first. No copy: nothing trains meanwhile.
+                save_file({key: tensor.contiguous() for key, tensor in full.items()}, folder / name)
+        if writes:
+            scaler = self.scaler.state_dict() if self.scaler is not None else {}
+            write_json(folder / SCHEDULE, {"groups": optimizer["param_groups"], "scheduler": self.scheduler.state_dict(), "scaler": scaler})
 
     def save_rank(self, folder: Path, rank: int) -> None:
         """What only this rank has; called on every rank."""
@@ -54,10 +58,11 @@ class TrainingState:
     def load_optimizer(self, folder: Path) -> None:
         """Optimizer, schedule and scaler."""
         schedule = read_json(folder / SCHEDULE)
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         moments: dict[int, dict[str, torch.Tensor]] = {}
-        for key, tensor in load_file(folder / OPTIMIZER, device=str(self.loss.device)).items():
+        for key, tensor in load_file(folder / OPTIMIZER).items():
             i, name = key.split(".")
-            moments.setdefault(int(i), {})[name] = tensor
+            moments.setdefault(int(i), {})[name] = like(tensor, parameters[int(i)])
         self.optimizer.load_state_dict({"state": moments, "param_groups": schedule["groups"]})
         self.scheduler.load_state_dict(schedule["scheduler"])
         if self.scaler is not None and schedule["scaler"]:
@@ -84,4 +89,5 @@ class TrainingState:
 
 def load_weights(model: nn.Module, folder: Path) -> None:
     """Put the weights of a checkpoint into the model, in place."""
-    model.load_state_dict(load_file(folder / WEIGHTS))
+    live = model.state_dict()
+    model.load_state_dict({name: like(tensor, live.get(name)) for name, tensor in load_file(folder / WEIGHTS).items()})

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from pipeline import sharding
 from pipeline.config import TrainConfig
 from pipeline.errors import UserError
 
@@ -31,6 +32,7 @@ class Topology:
     backend: str  # "gloo", "nccl", or "none" for a process that talks to nobody
     precision: str  # "fp64", "fp32", "bf16" or "fp16"
     threads: int  # CPU threads of this process
+    sharded: bool = False  # FSDP: each rank keeps a part of the model
 
     @property
     def attention(self) -> str | None:
@@ -141,7 +143,9 @@ def find_topology(config: TrainConfig) -> Topology:
     os.environ["OMP_NUM_THREADS"] = str(threads)
     _leave_old_rendezvous(rank)
     backend = ("nccl" if device == "cuda" else "gloo") if "RANK" in os.environ else "none"
-    return Topology(world_size, rank, local_rank, local_world_size, device, backend, choose_precision(config, device), threads)
+    if sharded := sharding.asked_for():
+        sharding.check(config, world_size, device)
+    return Topology(world_size, rank, local_rank, local_world_size, device, backend, choose_precision(config, device), threads, sharded)
 
 
 def _leave_old_rendezvous(rank: int) -> None:
@@ -167,7 +171,7 @@ def plan_batches(config: TrainConfig, world_size: int) -> BatchPlan:
     """Cut the global batch into equal micro-batches no larger than the device may hold.
 
     Equal, because the mean over ranks of the micro-batches' mean losses is the mean over all rows only then.
-    Raises UserError where the global batch cannot be divided by the number of processes.
+    Raises UserError where the global batch cannot be divided by the number of processes, or DDP cannot accumulate as asked.
     """
     rows, most = config.global_batch_size, config.max_per_device_batch_size
     if rows % world_size:
@@ -178,4 +182,9 @@ def plan_batches(config: TrainConfig, world_size: int) -> BatchPlan:
         )
     share = rows // world_size
     accumulation = next(a for a in range(1, share + 1) if share % a == 0 and share // a <= most)
+    if config.static_graph and accumulation > 1:
+        raise UserError(
+            f"static_graph is set, but a step has {accumulation} micro-batches, and DDP cannot learn the graph from a backward that does "
+            f"not communicate. Leave it out, or use --max_per_device_batch_size {share}."
+        )
     return BatchPlan(rows, world_size, accumulation, share // accumulation)

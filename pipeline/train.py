@@ -18,13 +18,13 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather, gather_object
+from accelerate.utils import DDPCommunicationHookType, DistributedType, broadcast_object_list, gather, gather_object
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
-from pipeline import checkpoint, trace
-from pipeline.batches import in_order, predict_logits, training_loader
+from pipeline import checkpoint, sharding, trace
+from pipeline.batches import EVALUATION_ROWS, in_order, predict_logits, training_loader
 from pipeline.config import TrainConfig, parse
 from pipeline.errors import GO_ON, UserError, run_entry
 from pipeline.metrics import compute_metrics
@@ -52,8 +52,11 @@ class TextTrainer(Trainer):
         self.config, self.prepared, self.sampler, self.recorder = config, prepared, sampler, recorder
         self.keeper, self.stopper, self.watch, self.stopping = keeper, stopper, watch, False
         self.class_weights = None if prepared.class_weights is None else prepared.class_weights.to(self.args.device)
-        if self.accelerator.ddp_handler is not None:  # [DDP 5] not among TrainingArguments
-            self.accelerator.ddp_handler.gradient_as_bucket_view = True
+        if (handler := self.accelerator.ddp_handler) is not None:  # [DDP 5] not among TrainingArguments
+            handler.gradient_as_bucket_view, handler.static_graph = True, config.static_graph
+            handler.bucket_cap_mb = config.bucket_mb  # handed on only where it is not the default
+            if config.comm_hook == "fp16":
+                handler.comm_hook = DDPCommunicationHookType.FP16
         self.remove_callback(PrinterCallback)
         self.add_callback(Conductor(self))
 
@@ -82,6 +85,10 @@ class TextTrainer(Trainer):
                 self.model, self.prepared.validation, self.prepared.collator, self.args.device,
                 rank=place.rank, world_size=place.world_size, autocast=place.autocast, tick=self.watch.tick,
             )  # fmt: skip
+            rows = self.prepared.validation
+            if place.sharded and place.rank >= -(-len(rows) // EVALUATION_ROWS) % place.world_size > 0:
+                # One batch less than the others, who would wait: under FSDP a forward gathers the weights from all ranks.
+                predict_logits(self.model, rows.select([0]), self.prepared.collator, self.args.device, autocast=place.autocast)
             logits = in_order(gather_object([shard]))
             metrics = compute_metrics(logits, self.prepared.validation["labels"], self.prepared.label_names)
             if self.recorder.evaluated(self.recorder.step, metrics):
@@ -100,8 +107,9 @@ class TextTrainer(Trainer):
                 checkpoint.begin(folder)
             self.accelerator.wait_for_everyone()
             state.save_rank(folder, self.recorder.topology.rank)
+            if self.keeper or self.recorder.topology.sharded:
+                state.save_shared(folder, writes=self.keeper is not None)
             if self.keeper:
-                state.save_shared(folder)
                 self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
             self.accelerator.wait_for_everyone()
             if self.keeper:
@@ -255,26 +263,38 @@ def run(config: TrainConfig, topology: Topology, plan: BatchPlan, state: Partial
     recorder = Recorder(config, topology, plan, steps_per_epoch=sampler.steps)
     keeper = Keeper(ENTRY, config, topology, prepared, recorder) if topology.rank == 0 else None
     resume: Path | None = broadcast_object_list([keeper.find_resume() if keeper else None])[0]
+    checkpoint.check_shared(config.output_dir or "")
 
     model: Any = build_model(prepared.source, config, prepared.label_names, topology.attention)
     if resume:
         recorder.load(checkpoint.read_manifest(resume)["recorder"])
     with Watch(Path(config.output_dir or ""), topology.rank, topology.world_size, config.hang_seconds) as watch:
         arguments = training_arguments(config, topology, plan, recorder)
+        if topology.sharded:
+            os.environ.setdefault("FSDP_TRANSFORMER_CLS_TO_WRAP", sharding.layer_class(model))
+            # Accelerate would run DDP on the CPU without a word: it allows FSDP under the names of accelerators only. After
+            # TrainingArguments, which makes the state anew; device and backend stay.
+            PartialState().distributed_type = DistributedType.MULTI_GPU
         trainer = TextTrainer(config, prepared, sampler, recorder, keeper, stopper, watch, model=model, args=arguments)
+        if trainer.is_fsdp_enabled != topology.sharded:
+            raise RuntimeError(f"the launch file {'asks' if topology.sharded else 'does not ask'} for FSDP, but Trainer thinks otherwise")
         announce("Trainer + Accelerate", config, topology, plan, prepared, recorder)
         seed_dropout(config, topology)
         try:
             with stopper.held():
                 if recorder.owes_evaluation:
+                    model.to(topology.torch_device)
                     trainer._load_from_checkpoint(str(resume))
                     trainer.evaluate()
                 if not recorder.finished:
                     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
             recorder.stop()
             watch.beat("final scoring")
-            # Accelerate left its autocast around forward; the final figures are those of the fp32 weights.
-            model = trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
+            if topology.sharded:  # a whole model to put the best weights into: rank 0 will go on alone
+                model = build_model(prepared.source, config, prepared.label_names, topology.attention).to(topology.torch_device)
+            else:
+                # Accelerate left its autocast around forward; the final figures are those of the fp32 weights.
+                model = trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
             record = conclude(ENTRY, config, topology, plan, prepared, model, recorder, lambda shard: gather_object([shard]), watch.tick)
         except BaseException:
             recorder.stop()

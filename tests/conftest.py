@@ -24,7 +24,8 @@ for name in ("HF_TOKEN", "HF_ENDPOINT", "HF_HUB_OFFLINE", "HUGGING_FACE_HUB_TOKE
 
 
 # Files of launched runs, the longest first: begun last, one of them would keep a single core busy at the end.
-LONG = ("test_training", "test_stopping", "test_crash", "test_backup_run", "test_doctor_launched", "test_parity", "test_backup")
+LONG = ("test_training", "test_stopping", "test_crash", "test_backup_run", "test_doctor_launched", "test_parity", "test_two_nodes",
+        "test_fsdp", "test_deploy_space", "test_backup", "test_lab", "test_bench", "test_explain", "test_verify")  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -8,23 +8,38 @@ from typing import Any
 import pytest
 from launching import ROOT
 
-from benchmarks import crash_test, training_speed
+from benchmarks import bench_report, crash_test
+from benchmarks.common import RESULTS
 
 
 def results(name: str) -> dict[str, Any]:
-    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("module", [crash_test, training_speed])
-def test_the_page_is_that_of_the_results(module: Any) -> None:
-    assert module.PAGE.read_text(encoding="utf-8") == module.page(results(module.PAGE.stem))
+def test_the_page_is_that_of_the_results() -> None:
+    assert crash_test.PAGE.read_text(encoding="utf-8") == crash_test.page(results("crash_test"))
+
+
+@pytest.mark.parametrize("name", ["single_gpu.md", "ddp_2gpu.md", "README.md"])
+def test_the_report_is_that_of_the_results(name: str) -> None:
+    assert (ROOT / "benchmarks" / name).read_text(encoding="utf-8") == bench_report.pages(bench_report.load(RESULTS))[name]
+
+
+def test_the_readme_holds_the_measured_results() -> None:
+    readme = bench_report.README.read_text(encoding="utf-8")
+    assert bench_report.BEGIN in readme and bench_report.with_results(readme, bench_report.load(RESULTS)) == readme
+
+
+def test_every_picture_of_the_report_is_there() -> None:
+    found = bench_report.load(RESULTS)
+    for name, text in bench_report.pages(found).items():
+        for picture in (part.split(")")[0] for part in text.split("](")[1:] if ".png)" in part):
+            assert (ROOT / "benchmarks" / picture).is_file(), f"{name} shows {picture}"
 
 
 def test_what_was_measured_holds() -> None:
     crash = results("crash_test")
     assert crash["passed"] and crash["kills"] >= 25 and crash["inside_a_write"] >= 3
-    speed = results("training_speed")
-    for row in speed["questions"]:
-        bound = training_speed.BOUNDS[row["question"]]
-        within = row["median"] <= bound if row["question"] == "checkpoint_share" else row["median"] >= bound
-        assert row["held"] == within and within, row
+    for name, row in results("bench")["ratios"].items():
+        within = row["bound"] is None or (row["median"] <= row["bound"] if name == "checkpoint_share" else row["median"] >= row["bound"])
+        assert row["held"] and within, (name, row)

@@ -56,7 +56,17 @@ def test_another_run_is_refused_with_what_differs(config: TrainConfig) -> None:
         find(replace(config, learning_rate=0.1))
     with pytest.raises(UserError, match="raw entry"):
         find(config, "trainer")
-    assert find(replace(config, max_per_device_batch_size=8, tracker="tensorboard"))
+    assert find(replace(config, max_per_device_batch_size=8, tracker="tensorboard", bucket_mb=1, static_graph=True))
+
+
+def test_a_field_that_came_later_had_its_default(config: TrainConfig) -> None:
+    manifest = make(config, 5) / checkpoint.MANIFEST
+    old = json.loads(manifest.read_text(encoding="utf-8"))
+    del old["config"]["comm_hook"]
+    manifest.write_text(json.dumps(old), encoding="utf-8")
+    assert find(config)
+    with pytest.raises(UserError, match="comm_hook none -> fp16"):
+        find(replace(config, comm_hook="fp16"))
 
 
 def test_another_model_or_dataset_is_refused_by_content(config: TrainConfig) -> None:

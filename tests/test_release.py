@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 from pipeline import release as release_module
-from pipeline.card import hub_id, model_card, without_local_paths
+from pipeline.card import hub_id, licence, model_card, without_local_paths
 from pipeline.card_images import card_images
 from pipeline.config import TrainConfig
+from pipeline.energy import EnergyMeter, total
 from pipeline.errors import UserError
 from pipeline.export import ExportError, reference_copy
 from pipeline.hub import check_before_training, main, prove, publish
+from pipeline.local_hub.faults import Fault
+from pipeline.local_hub.process import HubProcess
 from pipeline.release import build_release, choose_golden, golden_logits, release_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -172,7 +176,8 @@ def test_golden_logits_do_not_depend_on_neighbours(trained: tuple[Any, Any]) -> 
 
 def test_card_says_what_the_record_says(built: Path) -> None:
     record = run_record()
-    text = model_card(record, "user/news", example='It\'s "quoted" | text')
+    record["energy_joules"] = {"cpu": 3600.0, "gpu": 9e5}
+    text = model_card(record, "user/news", example='It\'s "quoted" | text', licences=("apache-2.0", licence("dataset", "fancyzhx/ag_news")))
     card = ModelCard(text)  # the Hub's own parser; raises for a malformed model-index
     data, test = card.data, record["test"]
     assert (data.pipeline_tag, data.library_name, data.base_model) == (
@@ -184,7 +189,9 @@ def test_card_says_what_the_record_says(built: Path) -> None:
     assert {(r.metric_type, r.metric_value) for r in data.eval_results} == {
         ("accuracy", round(test["accuracy"], 6)), ("f1", round(test["macro_f1"], 6)),
         ("nll", round(test["nll"], 6)), ("expected_calibration_error", round(test["ece"], 6)),
+        *(("f1", round(row["f1"], 6)) for row in test["per_class"].values()),
     }  # fmt: skip
+    assert {r.metric_name: r.metric_args for r in data.eval_results}["F1 of Sci/Tech"] == {"class": "Sci/Tech"}
     result = data.eval_results[0]
     assert (result.dataset_type, result.dataset_split, result.dataset_revision) == ("fancyzhx/ag_news", "test", "a" * 40)
     assert data.model_name == "news"
@@ -196,6 +203,8 @@ def test_card_says_what_the_record_says(built: Path) -> None:
         record["command"],
         record["code"]["commit"],
         "12 rows of train are duplicates",
+        "| Energy | 250 Wh by the GPUs (NVML), 1 Wh by the CPU packages (RAPL): all they drew during training",
+        "Base model distilbert/distilbert-base-uncased: apache-2.0. Data fancyzhx/ag_news: unknown: none is stated there",
     ):
         assert said in card.text
     assert text.count("OWNER/NAME") == 0 and (built / "README.md").read_text().count("OWNER/NAME") >= 4
@@ -214,16 +223,40 @@ def test_card_of_local_data_names_no_hub_repositories(tmp_path: Path, monkeypatc
     assert hub_id("models/encoder") is None and hub_id(str(tmp_path)) is None and hub_id("owner/name") == "owner/name"
     labels = [f"class {i} | {'x' * 30}" for i in range(40)]
     record = run_record(labels, model="models/encoder", dataset=str(tmp_path / "my news.csv"))
-    record |= {"history": [], "epochs": [], "best": None, "code": {"commit": None, "dirty": None}}
+    record |= {"history": [], "epochs": [], "best": None, "code": {"commit": None, "dirty": None}, "energy_joules": None}
     record["data"]["revision"] = None
     card = ModelCard(model_card(record, "user/name", onnx=False, pictures=False))
     assert (card.data.base_model, card.data.datasets, card.data.license, card.data.language) == (None, None, None, None)
     assert (card.data.eval_results[0].dataset_name, card.data.eval_results[0].dataset_type) == ("my news", "my-news")
     assert str(tmp_path) not in str(card) and "and 10 more" in card.text and "class 3 \\| x" in card.text
+    assert "Energy" not in card.text and "Data my news: not known here" in card.text
     assert [path.name for path in card_images(record, tmp_path)] == ["confusion_matrix.png"]
 
 
+def test_energy_is_counted_where_the_machine_counts_it(tmp_path: Path) -> None:
+    """Files like those of /sys/class/powercap: two packages, one of which overflows, and a part that is counted already."""
+    zones = {"intel-rapl:0": ("package-0", 5_000_000), "intel-rapl:1": ("package-1", 9_000_000), "intel-rapl:0:0": ("core", 1_000_000)}
+    for zone, (name, microjoules) in zones.items():
+        (tmp_path / zone).mkdir()
+        for file, content in (("name", name), ("energy_uj", microjoules), ("max_energy_range_uj", 10_000_000)):
+            (tmp_path / zone / file).write_text(f"{content}\n")
+    meter = EnergyMeter(0, tmp_path)
+    for zone, microjoules in (("intel-rapl:0", 7_000_000), ("intel-rapl:1", 500_000), ("intel-rapl:0:0", 3_000_000)):
+        (tmp_path / zone / "energy_uj").write_text(str(microjoules))
+    assert meter.read() == {"cpu": 2.0 + 1.5} == meter.read()
+    (tmp_path / "intel-rapl:1" / "energy_uj").unlink()  # no longer to be read: no figure rather than half of one
+    assert meter.read() == {} == EnergyMeter(0, tmp_path).read() == EnergyMeter(0, tmp_path / "none").read()
+    sessions: list[dict[str, Any]] = [{"energy_joules": {"cpu": 1.5, "gpu": 2.0}}, {"energy_joules": {"cpu": 2.0}}]
+    assert total(sessions) == {"cpu": 3.5} and total([*sessions, {}]) is None is total([])
+
+
 # -- publishing -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bad_hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubProcess]:
+    with HubProcess(tmp_path_factory.mktemp("bad-hub"), faults=True) as hub:
+        yield hub
 
 
 @pytest.fixture
@@ -324,6 +357,65 @@ def test_private_stays_private(release: Path, api: HfApi, local_hub: Any) -> Non
     with pytest.raises(UserError, match="exists already and is public"):
         publish(release, f"{local_hub.user}/open", private=True, api=api)
     assert api.list_repo_files(f"{local_hub.user}/open") in ([], [".gitattributes"])
+
+
+def test_names_that_others_use(release: Path, api: HfApi, local_hub: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    member = HfApi(endpoint=local_hub.url, token=local_hub.add_user("anna", organizations=("team",)))
+    assert publish(release, "team/news", api=member).repo == "team/news"
+    with pytest.raises(UserError, match=r"You are anna and may not write to 'team2'\. Allowed are anna/\.\.\., team/\.\.\."):
+        publish(release, "team2/news", api=member)
+
+    # Another model there: nothing is written, neither at the end of a training nor before hours are spent on one.
+    repo = f"{local_hub.user}/foreign"
+    api.create_repo(repo)
+    for name in ("pytorch_model.bin", "config.json"):
+        api.upload_file(path_or_fileobj=b"{}", path_in_repo=name, repo_id=repo)
+    before = commits(api, repo)
+    said = rf"{repo} holds a model that is no release of this project \(pytorch_model\.bin\).*hf repos delete-files {repo} 'pytorch_model\.bin'$"
+    with pytest.raises(UserError, match=said):
+        publish(release, repo, api=api)
+    with pytest.raises(UserError, match=said):
+        check_before_training(TrainConfig(push_to_hub=True, hub_repo=repo, output_dir="outputs/x"), api)
+    assert commits(api, repo) == before
+    api.delete_files(repo, ["pytorch_model.bin"])
+    assert publish(release, repo, api=api).tag == "v1"
+
+    # A dataset's name is free for a model on the Hub; it may also be a slip, so it is said.
+    api.create_repo(f"{local_hub.user}/both", repo_type="dataset")
+    capsys.readouterr()
+    publish(release, f"{local_hub.user}/both", api=api)
+    assert (
+        capsys.readouterr().out
+        == "note: local/both is a dataset, which stays as it is; the model gets a repository of its own under that name.\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        (Fault("status", method="POST", path="/commit/", status=507), "has no room for local/bad-day (507: "),
+        (Fault("status", method="POST", path="objects/batch", status=413), "has no room for local/bad-day (413: "),
+        (Fault("status", method="POST", path="/commit/", status=409), "refused local/bad-day for a clash"),
+        (Fault("status", method="POST", path="/commit/", status=403), "the token is missing, wrong or may only read"),
+        (Fault("refuse", path="/api/repos/create"), "cannot be reached"),
+        (Fault("lost", method="POST", path="/commit/"), "cannot be reached"),
+        (Fault("refuse", path="/tag/"), "cannot be reached"),
+    ],
+)
+def test_a_bad_day_of_the_hub_loses_nothing(release: Path, bad_hub: HubProcess, fault: Fault, said: str) -> None:
+    api = HfApi(endpoint=bad_hub.url, token=bad_hub.token)
+    api.delete_repo("local/bad-day", missing_ok=True)
+    bad_hub.fault(fault)
+    with pytest.raises(UserError, match=re.escape(said)) as error:
+        publish(release, "local/bad-day", api=api)
+    bad_hub.heal()
+    assert "\n" not in str(error.value) and bad_hub.hits(), fault
+    assert f"Nothing is lost: the release stays in {release}; run `python -m pipeline.hub --run" in str(error.value)
+    made = commits(api, "local/bad-day") if api.repo_exists("local/bad-day") else []
+    again = publish(release, "local/bad-day", api=api)
+    assert again.tag == "v1" and again.proof.label_agreement == 1
+    releases = [commit for commit in api.list_repo_commits("local/bad-day") if commit.title == "Release of run"]
+    assert len(releases) == 1 and (fault.kind != "lost" or again.commit in made), "what had arrived is not sent again"
 
 
 def test_refusals_are_one_line(release: Path, api: HfApi, local_hub: Any, monkeypatch: pytest.MonkeyPatch) -> None:

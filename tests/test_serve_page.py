@@ -4,31 +4,17 @@ from __future__ import annotations
 
 import concurrent.futures
 import itertools
-import os
 import re
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from browsing import Browser, Page, chromium, expect
 from contrast import SEEN, contrast
 from serving import Serve, make_release, make_text, variant
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-if os.environ.get("CI_BROWSER") == "1":
-    assert BROWSER, "CI_BROWSER=1 and there is no chromium, chromium-browser or google-chrome on the PATH"
-else:
-    pytest.importorskip("playwright.sync_api", reason="the page's tests need playwright: pip install -r requirements-dev.txt")
-    if not BROWSER:
-        pytest.skip("the page's tests need a browser on the PATH: install chromium, or Google Chrome", allow_module_level=True)
-
-from playwright.sync_api import Browser, Page, expect, sync_playwright  # noqa: E402 (only where it is installed)
-
-FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-         "--disable-background-networking", "--disable-component-update", "--disable-sync"]  # fmt: skip
-expect.set_options(timeout=20_000)
 # As awkward as labels get: a sentence, a path, a word that does not end.
 LABELS = ["World affairs and all diplomacy", "comp.os.ms-windows.misc", "Donaudampfschifffahrtsgesellschaft", "Sci/Tech"]
 EXAMPLE = "Striker scores twice in cup final"
@@ -57,10 +43,8 @@ def serve(release_dir: Path) -> Iterator[Serve]:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=BROWSER, args=FLAGS)  # with a new, empty profile, which goes with it
+    with chromium() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture

@@ -31,6 +31,14 @@ def test_an_indivisible_global_batch_names_the_nearest() -> None:
         plan_batches(TrainConfig(global_batch_size=32), 3)
 
 
+def test_a_static_graph_cannot_accumulate() -> None:
+    """DDP 2.13 fails inside (`expect_autograd_hooks_`) when the first backward of a static graph is under no_sync."""
+    config = TrainConfig(global_batch_size=32, max_per_device_batch_size=8, static_graph=True)
+    with pytest.raises(UserError, match="--max_per_device_batch_size 16"):
+        plan_batches(config, 2)
+    assert plan_batches(config, 4).accumulation == 1
+
+
 def test_precision_is_never_silently_another() -> None:
     with pytest.raises(UserError, match=r"fp16.*GPU"):
         choose_precision(TrainConfig(precision="fp16"), "cpu")

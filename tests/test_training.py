@@ -29,8 +29,8 @@ def workshop(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path, r8_
     return folder
 
 
-def train(workshop: Path, kind: str, name: str, *options: str) -> dict[str, Any]:
-    done = launch([kind, str(workshop / "run.yaml"), "--output_dir", str(workshop / name), *options], timeout=400)
+def train(workshop: Path, kind: str, name: str, *options: str, **environment: str) -> dict[str, Any]:
+    done = launch([kind, str(workshop / "run.yaml"), "--output_dir", str(workshop / name), *options], timeout=400, **environment)
     assert done.returncode == 0, done.stderr
     record = json.loads((workshop / name / "run.json").read_text(encoding="utf-8"))
     return {"record": record, "out": done.stdout, "err": done.stderr, "folder": workshop / name}
@@ -77,6 +77,19 @@ def test_raw_script_and_trainer_reach_the_same_weights_bit_for_bit(trainer2: dic
     )
 
 
+def test_the_all_reduce_is_tuned_alike_in_both_entries(workshop: Path, raw2: dict[str, Any]) -> None:
+    """Rounded to fp16, in small buckets, over a static graph: the same bits from both, and other ones than without."""
+    options = ("--comm_hook", "fp16", "--bucket_mb", "1", "--static_graph", "true", "--max_steps", "12")
+    told = {"TORCH_CPP_LOG_LEVEL": "INFO", "TORCH_DISTRIBUTED_DEBUG": "INFO"}
+    trainer, raw = (train(workshop, kind, f"tuned-{kind}", *options, **told) for kind in ("train-ddp", "train-raw-ddp"))
+    assert losses(trainer) == losses(raw)
+    assert furthest(trainer, raw) == 0.0
+    for run in (trainer, raw):
+        assert "bucket_bytes_cap: 1048576" in run["err"]
+        (_, loss, norm, _), (_, plain_loss, plain_norm, _) = losses(run)[0], losses(raw2)[0]
+        assert loss == pytest.approx(plain_loss, abs=1e-6) and plain_norm != norm == pytest.approx(plain_norm, rel=1e-3)
+
+
 def test_what_a_run_says_and_records(trainer2: dict[str, Any], raw2: dict[str, Any]) -> None:
     for run in (trainer2, raw2):
         assert "2 process(es), backend gloo" in run["out"]
@@ -91,6 +104,9 @@ def test_what_a_run_says_and_records(trainer2: dict[str, Any], raw2: dict[str, A
         loss = [h["loss"] for h in record["history"]]
         assert sum(loss[-20:]) < 0.8 * sum(loss[:20]), "it learns"
         assert record["train_seconds"] > 0 and record["samples_per_second"] > 0
+        speed = record["speed"]
+        assert speed["steps"] == 112 - 3 and 0 < speed["padded_share"] < 0.5 and len(speed["peak_memory_gib"]) == 2
+        assert speed["seconds"] < record["train_seconds"] and speed["step_seconds"]["p50"] < 5 * speed["seconds"] / speed["steps"]
     assert list((trainer2["folder"] / "runs").glob("events*")), "TensorBoard was asked for"
     assert not (raw2["folder"] / "runs").exists()
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 
 from pipeline.local_hub import commits, files, lfs, repos, spaces
@@ -15,6 +16,9 @@ from pipeline.local_hub.accounts import Accounts
 from pipeline.local_hub.errors import HubError
 from pipeline.local_hub.store import Store
 from pipeline.local_hub.web import ROUTES, RawPath, gone, no_such_route, refuse
+
+# As at the real Hub, a page of another origin may read what everybody may; here only one that this machine serves.
+LOOPBACK = r"https?://(127\.0\.0\.1|localhost)(:\d+)?"
 
 assert all((commits, files, lfs, repos, spaces))  # importing them registered their routes
 
@@ -27,7 +31,11 @@ def create_app(root: Path, upload_seconds: float = 3600, middleware: Sequence[Mi
     """
     app = Starlette(
         routes=ROUTES,
-        middleware=[*middleware, Middleware(RawPath)],
+        middleware=[
+            Middleware(CORSMiddleware, allow_origin_regex=LOOPBACK, allow_methods=["GET", "HEAD"]),
+            *middleware,
+            Middleware(RawPath),
+        ],
         exception_handlers={HubError: refuse, HTTPException: no_such_route, ClientDisconnect: gone},
     )
     app.router.redirect_slashes = False

@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse, Response
 
 from pipeline.local_hub.errors import HubError, bad_request, repo_not_found
 from pipeline.local_hub.git import GitRepo
-from pipeline.local_hub.spaces import runtime, set_item
+from pipeline.local_hub.spaces import runner, runtime, set_item
 from pipeline.local_hub.store import KINDS, Repository, timestamp
 from pipeline.local_hub.web import Call, route
 
@@ -184,7 +184,8 @@ def describe(repo: Repository, git: GitRepo, commit: str) -> dict[str, Any]:
     if repo.kind == "models":
         info |= {"modelId": repo.id} | {key: card[key] for key in ("pipeline_tag", "library_name") if isinstance(card.get(key), str)}
     if repo.kind == "spaces":
-        info |= {"sdk": meta["sdk"], "runtime": runtime(meta)}
+        info |= {"sdk": meta["sdk"], "runtime": runtime(repo)}
+        info |= {"host": by.host} if (by := runner(repo)) and by.host else {}
     return info
 
 

@@ -1,0 +1,140 @@
+"""From raw time stamps to the account of a step: its parts, the lost speed-up, and what remedies should bring and brought.
+
+Each figure is the median over rounds, step by step and rank by rank, then the mean over steps and ranks: a disturbance of
+one turn drops out, and what is left are seconds of a rank's average step, which add up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from benchmarks.common import ratio
+from benchmarks.explain.measure import LINK_BYTES, REMEDIES
+from benchmarks.scaling import exposed, fit_link, hidden_share
+
+OWN = ("data", "to_device", "forward", "backward", "optimizer")
+PARTS = (*OWN, "contention", "straggler", "communication")
+RIGHT_WITHIN = 0.03  # a remedy's predicted gain is called right when it is that close to the measured one
+
+Rounds = Sequence[Sequence[Sequence[Mapping[str, float]]]]  # of ranks, of steps: seconds by part
+
+
+def seconds(rounds: Rounds, *parts: str) -> np.ndarray:
+    """The sum of these parts (of all, if none is named), `(rounds, ranks, steps)`."""
+    return np.array([[[sum(step.get(p, 0.0) for p in parts or step) for step in rank] for rank in ranks] for ranks in rounds])
+
+
+def typical(figures: np.ndarray) -> float:
+    """`(rounds, ranks, steps)` to seconds of the average step of the average rank, without the rounds' disturbances."""
+    return float(np.median(figures, axis=0).mean())
+
+
+def account(turns: Mapping[str, Any], name: str) -> dict[str, float]:
+    """The parts of a step of one launch, in seconds of the average rank, the measured `step`, and the `rest` between them.
+
+    - data, to_device, forward, backward, optimizer (clipping included): a rank's own, while no other one computes;
+    - contention: how much longer the same takes while all ranks compute at once and exchange nothing (no_sync);
+    - straggler: how long a rank waits for the slowest one, at a barrier at the place where the last all-reduce would begin.
+      What is above the shortest wait of that step counts: that of the last to come, which is the barrier's own time. Ranks
+      that differ by d have it twice, as a wait of the fast one and as longer work of the slow one; the mean over ranks
+      counts each with its half, which is what a perfect balance would gain;
+    - communication: how much longer forward and backward take when gradients are all-reduced as training does it, less
+      the straggler's wait. So it is what backward does not hide, DDP's copies into its buckets included (at one process
+      these are all of it). A difference and no stamps around the all-reduce itself: what runs under backward and slows it
+      down, for it needs the same cores, is not hidden either;
+    - rest: what the training script's own loop takes beyond these: its recorder, its watch, its word on stopping.
+
+    Where a launch was not measured quiet or alone, those parts are within its own.
+    """
+    together = turns[f"{name}/together"]
+    quiet = turns.get(f"{name}/quiet", together)
+    alone = turns.get(f"{name}/alone", quiet)
+    parts = {part: typical(seconds(alone, part)) for part in OWN}
+    parts["contention"] = sum(typical(seconds(quiet, part)) - parts[part] for part in OWN)
+    wait = seconds(quiet, "wait")
+    parts["straggler"] = typical(wait - wait.min(axis=1, keepdims=True))
+    computing = typical(seconds(quiet, "forward")) + typical(seconds(quiet, "backward"))
+    parts["communication"] = typical(seconds(together, "forward", "backward")) - computing - parts["straggler"]
+    step = typical(np.array(turns[f"{name}/entry"]))
+    return parts | {"rest": step - sum(parts.values()), "step": step}
+
+
+def losses(one: Mapping[str, float], many: Mapping[str, float], ranks: int) -> dict[str, float]:
+    """What keeps `ranks` processes from being that many times faster, as shares of their step; they add up to 1 - efficiency."""
+
+    def beyond_share(*parts: str) -> float:
+        return sum(many[part] - one[part] / ranks for part in parts)
+
+    lost = {
+        "communication": beyond_share("communication"), "contention": many["contention"], "straggler": many["straggler"],
+        "optimizer": beyond_share("optimizer"), "small_batch": beyond_share("data", "to_device", "forward", "backward"),
+        "rest": beyond_share("rest"),
+    }  # fmt: skip
+    return {name: value / many["step"] for name, value in lost.items()}
+
+
+def speedup(turns: Mapping[str, Any], base: str, accounts: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+    """Of `many` over `base`: measured by the training script's own loops (no stamps), and predicted from the parts."""
+    totals = {name: np.array(turns[f"{name}/entry"]).mean(axis=1).sum(axis=1).tolist() for name in (base, "many")}
+    measured = ratio(totals[base], totals["many"]) | {"median": accounts[base]["step"] / accounts["many"]["step"]}
+    return {"measured": measured, "predicted": sum(accounts[base][p] for p in PARTS) / sum(accounts["many"][p] for p in PARTS)}
+
+
+def remedies(raw: Mapping[str, Any], one: Mapping[str, float], many: Mapping[str, float], ranks: int) -> list[dict[str, Any]]:
+    """For each: the gain in rows per second predicted from the parts, the measured one, and whether they agree.
+
+    Of several buckets the last, full only when backward ends, is never hidden; of the others the share that explains what
+    was measured with the default ones. The fp16 hook halves the bytes, over the link as timed in fp16. Accumulation pays for one all-reduce and one optimizer step
+    where there were two. A static graph saves a search that is switched off anyway.
+    """
+    turns, buckets = raw["turns"], raw["buckets"]
+    link, halves = (fit_link(LINK_BYTES, link_seconds(turns, dtype), ranks) for dtype in ("float32", "float16"))
+    now = many["communication"] - one["communication"]  # the copies into buckets stay
+    hidden = hidden_share(link, buckets["25"], ranks, now)
+    base = seconds(turns["many/together"])
+    step = typical(base)
+    saved = {
+        "larger buckets": now - exposed(link, buckets[str(REMEDIES["larger buckets"]["bucket_mb"])], ranks, hidden),
+        "smaller buckets": now - exposed(link, buckets[str(REMEDIES["smaller buckets"]["bucket_mb"])], ranks, hidden),
+        "fp16 hook": now - exposed(halves, [size // 2 for size in buckets["25"]], ranks, hidden),
+        "accumulation": (many["communication"] + typical(seconds(turns["many/together"], "optimizer"))) / 2,
+        "static graph": 0.0,
+    }
+    rows = []
+    for name, seconds_saved in saved.items():
+        changed = seconds(turns[f"many/{name}"])
+        totals = [figures.mean(axis=1).sum(axis=1).tolist() for figures in (base, changed)]
+        per_step = typical(changed) * changed.shape[2] / base.shape[2]
+        gain = {key: value - 1 for key, value in ratio(*totals).items()} | {"median": step / per_step - 1}
+        predicted = step / (step - seconds_saved) - 1
+        right = bool(abs(predicted - gain["median"]) <= RIGHT_WITHIN)
+        rows.append({"remedy": name, "options": REMEDIES[name], "predicted": predicted, "measured": gain, "right": right})
+    return rows
+
+
+def link_seconds(turns: Mapping[str, Any], dtype: str) -> list[float]:
+    """Median over rounds of the slower rank's time for an all-reduce of each of `LINK_BYTES`."""
+    return np.median(np.array(turns[f"many/link {dtype}"]).max(axis=1), axis=0).tolist()
+
+
+def explain(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """All that the page and the scaling model need, from `measure`'s raw figures."""
+    turns, about = raw["turns"], raw["about"]
+    accounts = {name: account(turns, name) for name in about}
+    one, many, ranks = accounts["one"], accounts["many"], about["many"]["processes"]
+    link = {"bytes": LINK_BYTES} | {dtype: link_seconds(turns, dtype) for dtype in ("float32", "float16")}
+    entries = np.array(turns["many/entry"])
+    return {
+        "accounts": {name: {"about": about[name], **accounts[name]} for name in about},
+        "speedup": speedup(turns, "one", accounts),
+        "speedup_all_cores": speedup(turns, "all cores", accounts) if "all cores" in about else None,
+        "losses": losses(one, many, ranks),
+        "remedies": remedies(raw, one, many, ranks),
+        "link": link,
+        "buckets": raw["buckets"],
+        "rounds": entries.shape[0],
+        "steps": entries.shape[2],
+    }

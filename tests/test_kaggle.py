@@ -1,0 +1,231 @@
+"""The notebook for Kaggle is fit to be pushed, is pushed by Kaggle's own client, and every cell of it runs: two CPU processes, a local Hub."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any, ClassVar
+
+import psutil
+import pytest
+from huggingface_hub import HfApi
+from launching import ROOT, alive, environment, error_lines, family, launch, started
+
+from benchmarks.kaggle.__main__ import execute, main
+from benchmarks.kaggle.check import code_cells, commands, credentials, problems, read, with_parameters
+from pipeline.backup import find
+from pipeline.errors import UserError
+
+OUTPUTS = ROOT / "outputs" / "kaggle"
+MODULE = "benchmarks.kaggle"
+
+
+def test_the_committed_notebook_is_fit() -> None:
+    notebook = read()
+    assert problems(notebook, {}) == []
+    given = with_parameters(notebook, {"HUB_REPO": "ann/news", "MAX_TRAIN_SAMPLES": "500", "DEVICE": "cpu", "QUICK": "True"})
+    assert problems(given, {}) == []
+    told = commands(given)
+    assert sum("--hub_checkpoints --hub_repo ann/news" in line and "--max_train_samples 500" in line for line in told) == 4
+    assert sum("configs/accelerate/cpu2.yaml" in line for line in told) == 2, "the doctor and the Trainer"
+    assert not any("gpu" in line for line in told)
+    helps: dict[str, str] = {}
+    for line in told:
+        if " -m benchmarks." in line or " -m pipeline.hub" in line:
+            module, *arguments = line.split(" -m ")[1].split()
+            if module not in helps:
+                command = [sys.executable, "-m", module, "--help"]
+                done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+                helps[module] = done.stdout
+            assert all(word in helps[module] for word in arguments if word.startswith("--")), line
+
+
+def test_what_would_waste_a_session_or_tell_a_secret_is_refused() -> None:
+    notebook = read()
+    cell = next(cell for cell in notebook["cells"] if cell["id"] == "doctor")
+    source = "".join(cell["source"])
+    cell["source"] = source + "\nrun(f'python -m pipeline.trainn {DEVICE}')\nrun('accelerate launch -m pipeline.train --epoch 3')"
+    found = "\n".join(problems(notebook, {}))
+    assert "no module pipeline.trainn" in found and "unknown option '--epoch'" in found
+    cell["source"] = source.replace("options =", "others =")
+    assert "name 'options' is not defined" in problems(notebook, {})[0]
+    cell["source"] = source + "\ntoken = 'hf_" + "a" * 34 + "'"
+    cell["outputs"] = [{"output_type": "stream", "name": "stdout", "text": "https://ann:geheim@example.org, correct-horse-battery"}]
+    found = "\n".join(problems(notebook, {"MY_TOKEN": "correct-horse-battery", "MY_NAME": "output_type", "KEY": "cuda"}))
+    for words in ("a Hugging Face token", "a password in an address", "the value of MY_TOKEN", "'doctor' has outputs"):
+        assert words in found, words
+    assert "hf_a" not in found and "geheim" not in found and "MY_NAME" not in found and "of KEY" not in found
+
+
+def test_mistakes_are_told_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")  # where git is, and no client of Kaggle
+    cases = [
+        (["--set", "EPOCH=1"], "no parameter 'EPOCH'. Did you mean 'EPOCHS'?"),
+        (["--set", "QUICK=yes"], "QUICK is 'yes': allowed is True or False"),
+        (["--set", "EPOCHS=none"], "EPOCHS is 'none': allowed is a number"),
+        (["--set", "REPO=https://example.org/a.git"], "give --user your-name"),
+        (["--user", "ann", "--set", "REPO="], "give its public git address"),
+    ]
+    if not Path(sys.executable).with_name("kaggle").exists():
+        cases.append((["--user", "ann", "--set", "REPO=https://example.org/a.git"], "Kaggle's client is not installed"))
+    for arguments, words in cases:
+        with pytest.raises(UserError, match=re.escape(words)):
+            main(arguments)
+
+
+def test_the_dry_check_says_what_will_be_different() -> None:
+    done = launch(["--dry", "--set", "HUB_REPO=ann/news", "--set", "REPO=https://example.org/a.git"], module=MODULE, timeout=60)
+    assert done.returncode == 0, done.stderr
+    for words in ("NvidiaTeslaT4", "fp16", "requirements-base.txt", "12 h", "HF_TOKEN", "ann/news", "https://example.org/a.git"):
+        assert words in done.stdout, words
+
+
+@pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="there may be two GPUs here")
+def test_without_two_gpus_it_stops_at_once(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="choose the accelerator 'GPU T4 x2'"):
+        execute(with_parameters(read(), {"WORK": str(tmp_path / "work")}), tmp_path / "executed.ipynb")
+    numbers = {cell["id"]: cell["execution_count"] for cell in read(tmp_path / "executed.ipynb")["cells"] if cell["cell_type"] == "code"}
+    assert numbers["accelerator"] and not numbers["install"] and not (tmp_path / "work").exists()
+
+
+class Kaggle(BaseHTTPRequestHandler):
+    """Stands for Kaggle: keeps what is pushed, answers as told."""
+
+    requests: ClassVar[list[tuple[str, dict[str, Any]]]] = []
+    answer: ClassVar[dict[str, Any]] = {}
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])) or b"{}")
+        self.requests.append((self.path, body))
+        sent = json.dumps(self.answer).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(sent)))
+        self.end_headers()
+        self.wfile.write(sent)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def kaggle() -> Iterator[tuple[type[Kaggle], int]]:
+    server = HTTPServer(("127.0.0.1", 0), Kaggle)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield Kaggle, server.server_port
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_kaggles_own_client_pushes_it(kaggle: tuple[type[Kaggle], int], tmp_path: Path) -> None:
+    server, port = kaggle
+    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True, timeout=100)
+    requirements = ROOT / "benchmarks" / "kaggle" / "requirements.txt"
+    install = [str(tmp_path / "venv" / "bin" / "python"), "-m", "pip", "install", "--quiet", "-r", str(requirements)]
+    subprocess.run(install, check=True, timeout=200)
+    known = {"KAGGLE_USERNAME": "ann", "KAGGLE_KEY": "not-a-real-key-0123"}
+    # Set to a server of this machine the client calls http://localhost/, port 80; as a proxy ours is asked whatever its port.
+    place = {"PATH": f"{tmp_path}/venv/bin:{os.environ['PATH']}", "HOME": str(tmp_path), "KAGGLE_API_ENVIRONMENT": "LOCALHOST",
+             "http_proxy": f"http://127.0.0.1:{port}", "no_proxy": "", "NO_PROXY": ""}  # fmt: skip
+    arguments = ["--user", "ann", "--set", "REPO=https://example.org/a.git", "--set", "HUB_REPO=ann/news"]
+    server.answer = {"ref": "ann/distrinews", "url": "https://www.kaggle.com/code/ann/distrinews", "versionNumber": 1}
+    done = launch(arguments, module=MODULE, timeout=60, **place, **known)
+    assert done.returncode == 0, done.stderr
+    assert "successfully pushed" in done.stdout and "kaggle kernels output ann/distrinews" in done.stdout
+    _, sent = next(request for request in server.requests if request[0].endswith("SaveKernel"))
+    assert sent["slug"] == "ann/distrinews" and sent["machineShape"] == "NvidiaTeslaT4"
+    assert sent["isPrivate"] and sent["enableGpu"] and sent["enableInternet"]
+    assert "HUB_REPO = 'ann/news'" in sent["text"] and not credentials(sent["text"], known)
+    server.answer = {"error": "Maximum batch GPU session count reached"}
+    refused = launch(arguments, module=MODULE, timeout=60, **place, **known)
+    assert refused.returncode == 2 and "Maximum batch GPU session" in error_lines(refused)[0]
+    unknown = launch(arguments, module=MODULE, timeout=60, **place)
+    assert unknown.returncode == 2 and "Kaggle does not know you" in error_lines(unknown)[0]
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    """What is here, committed or not, as a git repository to clone."""
+    folder = tmp_path / "repository"
+    names = subprocess.run(["git", "ls-files", "-coz", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in names.split("\0"):
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    git = ["git", "-C", str(folder), "-c", "user.name=test", "-c", "user.email=test@example.org", "-c", "commit.gpgsign=false"]
+    for words in (["init", "--quiet"], ["add", "--all"], ["commit", "--quiet", "-m", "What is here"]):
+        subprocess.run([*git, *words], check=True, timeout=60)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_every_cell_runs_and_a_lost_session_is_gone_on_with(
+    local_hub: Any, tiny_model_dir: Path, ag_news_dir: Path, repository: Path, tmp_path: Path
+) -> None:
+    api = HfApi(endpoint=local_hub.url, token=local_hub.token)
+    model, data, release = (f"{local_hub.user}/{name}" for name in ("tiny", "ag_news", "kaggle-news"))
+    for name, kind, folder in ((model, "model", tiny_model_dir), (data, "dataset", ag_news_dir)):
+        api.create_repo(name, repo_type=kind, exist_ok=True)
+        api.upload_folder(repo_id=name, repo_type=kind, folder_path=folder)
+    values = {"REPO": repository, "DEVICE": "cpu", "MODEL": model, "DATASET": data, "EPOCHS": 8, "MAX_TRAIN_SAMPLES": 320, "HUB_REPO": release,
+              "LABEL": "twocpus", "QUICK": True}  # fmt: skip
+
+    def session(name: str) -> tuple[list[str], dict[str, str]]:
+        """A session as Kaggle begins it: nothing is left of an earlier one, neither files nor caches."""
+        given = values | {"WORK": tmp_path / name, "KEEP": tmp_path / f"{name}-kept"}
+        # Passive: on a busy machine threads that spin while they wait take the cores from those they wait for.
+        place = {**local_hub.env, "HF_HOME": str(tmp_path / f"{name}-home"), "OMP_WAIT_POLICY": "passive"}
+        return ["--run", *(word for key, value in given.items() for word in ("--set", f"{key}={value}"))], place
+
+    arguments, place = session("first")
+    with started(arguments, module=MODULE, **place) as process:
+        deadline = time.monotonic() + 300
+        while not (api.repo_exists(release) and find("ag_news-1", release, api)):
+            assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+            time.sleep(0.3)
+        members = family(process)
+        for member in members:
+            member.kill()
+        psutil.wait_procs(members, timeout=10)
+        assert not alive(members)
+    assert not (tmp_path / "first" / "outputs" / "ag_news-1" / "run.json").exists(), "it was lost in mid-run"
+    assert (pushed := find("ag_news-1", release, api))
+
+    arguments, place = session("second")
+    done = launch(arguments, module=MODULE, timeout=600, **place)
+    assert done.returncode == 0, done.stderr[-3000:]
+    executed = read(OUTPUTS / "executed.ipynb")
+    said = {cell["id"]: text_of(cell) for cell in executed["cells"] if cell["cell_type"] == "code"}
+    assert all(cell["execution_count"] for cell in executed["cells"] if cell["cell_type"] == "code")
+    assert len(said) == len(list(code_cells(read()))) + 1, "the committed cells, and that of the parameters given here"
+    assert f"pulled      checkpoint-{pushed.step}" in said["train-1"] and f"resumed     after step {pushed.step}" in said["train-1"]
+    assert "resumed" not in said["train-2"]
+    assert said["table"].count("| cpu |") == 3
+    assert "proof" in said["publish"] and api.list_repo_refs(release).tags[0].name == "v1"
+    shown = next(cell for cell in executed["cells"] if cell["id"] == "explain")["outputs"]
+    assert "x of 2: " in said["explain"] and any("image/png" in output.get("data", {}) for output in shown)
+    kept = {path.name for path in (tmp_path / "second-kept" / "results").iterdir()}
+    assert {"bench-twocpus.json", "explain-twocpus.json", "ag_news-1.json", "ag_news-2.json", "ag_news-raw.json"} <= kept
+    # To be read by people: no secret, no bar redrawn a hundred times, no page of one cell's output.
+    assert credentials(json.dumps(executed), environment(**local_hub.env)) == []
+    assert all(text.count("\n") < 120 and "\r" not in text for text in said.values()), {
+        name: text.count("\n") for name, text in said.items()
+    }
+
+
+def text_of(cell: dict[str, Any]) -> str:
+    """All that a cell's outputs show as text."""
+    parts = [output.get("text") or output.get("data", {}).get("text/markdown", "") for output in cell["outputs"]]
+    return "".join("".join(part) for part in parts)
