@@ -132,6 +132,9 @@ def take_restarts(arguments: list[str]) -> int:
 
 
 def main(argv: list[str]) -> int:
+    if argv[:1] in (["-h"], ["--help"]):
+        print(f"{__doc__}\nTargets: {', '.join(KINDS)}, or a whole `torchrun ...` or `accelerate launch ...` line. Options: TARGET --help.")
+        return 0
     if argv[:1] == ["torchrun"] or argv[:2] == ["accelerate", "launch"]:
         os.environ["DISTRINEWS_COMMAND"] = shlex.join(argv)
         return launch(argv + ["--debug"] * ("--debug" in sys.argv))
