@@ -128,7 +128,10 @@ def _papers(folder: Path, where: str) -> tuple[Any, dict[str, Any]]:
     try:
         card, record = ModelCard.load(folder / "README.md"), json.loads((folder / "run.json").read_text(encoding="utf-8"))
         figures(record["test"]), _claims(card)
-        assert {"dataset", "revision", "label_names"} <= set(record["data"]) and record["config"]["test_split"]
+        assert {"dataset", "label_names"} <= set(record["data"]) and record["config"]["test_split"], "parts are missing"
+        assert isinstance(record["data"]["revision"], str), "it names no revision of its data"
+        support = [row["support"] for row in record["test"]["per_class"].values()]
+        assert [sum(row) for row in record["test"]["confusion_matrix"]] == support, "its confusion matrix has other rows than its classes"
     except Exception as error:  # the YAML of a card and what a record holds are anybody's
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UserError(f"{where} cannot be checked: its card or run.json is damaged ({reason}). Name another --revision.") from error

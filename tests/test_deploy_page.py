@@ -88,7 +88,11 @@ def release_dir(encoder_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         model.classifier.weight *= sharpness
     model.config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    export_onnx(model, folder / "onnx" / "model.onnx", MAX_LENGTH)
+    with (
+        pytest.MonkeyPatch.context() as patch
+    ):  # a head that sharp sharpens rounding as well; here JavaScript is compared with this very file
+        patch.setattr("pipeline.export.TOLERANCE", 1e-2)
+        export_onnx(model, folder / "onnx" / "model.onnx", MAX_LENGTH)
     return folder
 
 
