@@ -137,7 +137,7 @@ def test_what_was_changed_is_told_apart(
 
     claim = better_card.replace(f"| {record['test']['accuracy']:.4f} |", "| 0.9910 |", 1)
     branch("claim", card=claim, run=changed(test=record["test"] | {"accuracy": 0.991}))
-    for name, commit in (("other-data", other_data), ("lost-data", "0" * 40)):
+    for name, commit in (("other-data", other_data), ("lost-data", "f" * 40)):
         branch(name, card=card.replace(revision, commit), run=changed(data=record["data"] | {"revision": commit}))
     local = changed(data=record["data"] | {"revision": "sha256:abc", "dataset": ".../news"})
     branch("local-data", card=card.replace(revision, "sha256:abc"), run=local)
@@ -158,7 +158,7 @@ def test_what_was_changed_is_told_apart(
         (["no-model"], 1, "What lies there is no model: it cannot be loaded"),
         (["claim"], 1, r"the model does not reach Accuracy: the figures were made up or belong to other rows"),
         (["other-data"], 1, r"The test rows are not those that were scored: {'Business': \d+"),
-        (["lost-data"], 2, f"dataset local/tiny-news has no revision '{'0' * 40}'"),
+        (["lost-data"], 2, f"dataset local/tiny-news has no revision '{'f' * 40}'"),
         (["local-data"], 2, r"scored on its author's own files .* Give the same files with --dataset\."),
         (["local-data", "--dataset", str(tmp_path)], 2, r"is not the data that was scored: sha256:\w{64} here, sha256:abc in run\.json"),
         (["local-lie"], 1, r"^Its test rows were not scored: .* Give the same files with --dataset\.$"),
