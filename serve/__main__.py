@@ -10,6 +10,8 @@ an engine that died or hung and could not be replaced: whoever started it should
 
 from __future__ import annotations
 
+import asyncio
+import importlib
 import logging
 import os
 import signal
@@ -21,11 +23,13 @@ from typing import NoReturn
 import uvicorn
 
 from serve import logs
-from serve.app import create_app
 from serve.errors import UserError
 from serve.life import Fatal
 from serve.machine import share_memory
+from serve.metrics import Metrics
+from serve.service import Service
 from serve.settings import Settings, parse
+from serve.worker import in_thread
 
 log = logging.getLogger("serve")
 
@@ -59,9 +63,8 @@ def bind(settings: Settings) -> socket.socket:
 
 def run(settings: Settings) -> None:
     """Serves until it is told to stop. Raises UserError, or whatever else kept the model from being loaded."""
-    app = create_app(settings)
     config = uvicorn.Config(
-        app,
+        "serve.app",
         log_config=None,
         log_level="warning",
         access_log=False,
@@ -71,15 +74,27 @@ def run(settings: Settings) -> None:
         server_header=False,
     )
     server = Server(config)
-    app.state.service.on_failure = lambda: setattr(server, "should_exit", True)
+    service = Service(settings, Metrics())
+    service.on_failure = lambda: setattr(server, "should_exit", True)
     # uvicorn puts its own handlers in place when it runs, and raises the signal again once it has stopped: it must not be
     # lost before, and not be a second death after.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: setattr(server, "should_exit", True))
-    with bind(settings) as listener:
-        server.run(sockets=[listener])
-    if app.state.service.failure:
-        raise app.state.service.failure
+    with bind(settings) as listener, asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
+        runner.run(answer(service, server, listener))
+    if service.failure:
+        raise service.failure
+
+
+async def answer(service: Service, server: Server, listener: socket.socket) -> None:
+    """The HTTP side is imported while the model is loaded: either takes half a second, and there is more than one core."""
+    service.start()
+    try:
+        application = await in_thread("imports", importlib.import_module, "serve.app")
+        server.config.app = application.create_app(service)
+        await server.serve(sockets=[listener])
+    finally:
+        await service.stop()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

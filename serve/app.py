@@ -10,9 +10,7 @@ DISTRINEWS_ADMIN_KEY; everything else stays open. An Authorization header is nev
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import contextvars
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +28,6 @@ from serve.direct import PredictionRoute, check_key, direct
 from serve.edge import Edge
 from serve.errors import Refusal
 from serve.info import info
-from serve.metrics import Metrics
 from serve.schemas import (
     BatchAnswer,
     BatchRequest,
@@ -46,7 +43,6 @@ from serve.schemas import (
     RollbackAnswer,
 )
 from serve.service import Service
-from serve.settings import Settings
 
 PAGE = Path(__file__).parent / "static" / "index.html"
 # The page may load nothing from elsewhere and talk to this service only; it may stand in a frame of the Hub (Spaces show it in one).
@@ -119,23 +115,14 @@ def _headers(status: str) -> dict[str, Any]:
     return headers
 
 
-def create_app(settings: Settings) -> FastAPI:
-    """The application; its lifespan loads the model. `app.state.service` is the service behind it."""
-    service = Service(settings, Metrics())
-
-    @contextlib.asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        service.start()
-        yield
-        await service.stop()
-
+def create_app(service: Service) -> FastAPI:
+    """The application in front of `service`, which others start and stop. `app.state.service` is it."""
     app = Application(
         service,
         title="DistriNews",
         summary="Labels for texts, from a classifier on the Hugging Face Hub.",
         description="Every answer carries `X-Request-ID` and `X-Model-Revision`, the commit that serves.",
         version="1",
-        lifespan=lifespan,
     )
     _add_predictions(app, service)
     _add_operations(app, service)

@@ -14,9 +14,11 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from serve.compiled import compiled, identity
 from serve.errors import UserError
 from serve.machine import allowed_cores, computes_bf16, gpu_present, has
 from serve.settings import Settings
+from serve.state import State
 
 Batch = Sequence[Sequence[int]]  # token ids, unpadded
 Logits = npt.NDArray[np.float32]  # (texts, classes)
@@ -110,7 +112,7 @@ class OpenVinoEngine:
     """The ONNX file on OpenVINO's CPU plugin, in fp32 or, with half the memory traffic and on AMX units, bf16.
 
     Compiled for one batch a core. In bf16 once more for a text alone on all cores, which is faster by a third; in fp32
-    that would take the memory of the service above 400 MiB with a model of 91 MB.
+    that would take the memory of the service above 400 MiB with a model of 91 MB. What was compiled is kept in a file.
     """
 
     device = "cpu"
@@ -119,15 +121,15 @@ class OpenVinoEngine:
     length_step, SHAPES_KEPT = 8, 64
     batch_tokens, max_padding = 512, 0.2
 
-    def __init__(self, name: str, path: Path, pad_id: int, positions: int, precision: str, threads: int) -> None:
-        """Raises ValueError for a graph with other inputs or outputs; OpenVINO's own error for a broken file."""
+    def __init__(self, name: str, path: Path, pad_id: int, positions: int, precision: str, threads: int, kept: Path) -> None:
+        """`kept` is the folder of compiled models.
+
+        Raises ValueError for a graph with other inputs or outputs; OpenVINO's own error for a broken file.
+        """
         import openvino
 
         self.name, self.precision, self.threads, self.pad_id, self.positions = name, precision, threads, pad_id, positions
         core = openvino.Core()
-        model = core.read_model(path)
-        self._inputs = [entry.any_name for entry in model.inputs]
-        _check_graph(self._inputs, [entry.any_name for entry in model.outputs])
         options = {
             "INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32",
             "INFERENCE_NUM_THREADS": threads,
@@ -135,16 +137,26 @@ class OpenVinoEngine:
             "ENABLE_CPU_PINNING": False,  # pinned threads wait for a core that a neighbour holds while another is free
         }
         self.lanes = min(threads, MOST_LANES)
-        if precision == "bf16":
-            # What `openvino.save_model` does to a file: fp16 holds more digits than bf16 will use, in half the memory.
-            from openvino._offline_transformations import compress_model_transformation
 
-            compress_model_transformation(model)
-        self._beside = core.compile_model(model, "CPU", {**options, "NUM_STREAMS": self.lanes})
+        def compile() -> memoryview:
+            model = core.read_model(path)
+            _check_graph([entry.any_name for entry in model.inputs], [entry.any_name for entry in model.outputs])
+            if precision == "bf16":
+                # What `openvino.save_model` does to a file: fp16 holds more digits than bf16 will use, in half the memory.
+                from openvino._offline_transformations import compress_model_transformation
+
+                compress_model_transformation(model)
+            exported: memoryview = core.compile_model(model, "CPU", options).export_model().getbuffer()
+            return exported
+
+        # What is imported keeps reading its weights from there, and crashes where they are gone.
+        self._weights = openvino.Tensor(compiled(kept, [*identity(path), openvino.__version__, precision], compile), shared_memory=True)
+        self._beside = core.import_model(self._weights, "CPU", {**options, "NUM_STREAMS": self.lanes})
         if precision == "bf16" and self._beside.get_property("INFERENCE_PRECISION_HINT") != openvino.Type.bf16:
             raise ValueError("OpenVINO does not compute in bf16 on this CPU")
+        self._inputs = [entry.any_name for entry in self._beside.inputs]
         twice = precision == "bf16" and self.lanes > 1
-        self._alone = core.compile_model(model, "CPU", {**options, "NUM_STREAMS": 1}) if twice else self._beside
+        self._alone = core.import_model(self._weights, "CPU", {**options, "NUM_STREAMS": 1}) if twice else self._beside
         self._requests = threading.local()
         self._running = 0  # calls at this moment; not exact to the last call, and it need not be
         # The library's first call must have no company: it sets up what it keeps once for all under a lock of its own, and
@@ -219,7 +231,7 @@ def open_engine(name: str, release: Weights, settings: Settings) -> Engine:
     if library == "onnxruntime":
         return OnnxEngine(name, path, release.pad_id, threads)
     if library == "openvino":
-        return OpenVinoEngine(name, path, release.pad_id, release.positions, precision, threads)
+        return OpenVinoEngine(name, path, release.pad_id, release.positions, precision, threads, State(settings).folder / "compiled")
     device = "cuda" if on_gpu(settings) else "cpu"
     return TorchEngine(name, release.folder, release.pad_id, device, precision, threads)
 

@@ -142,7 +142,7 @@ def test_a_graph_gets_only_the_inputs_it_has(release_dir: Path, tmp_path: Path) 
     from onnx import TensorProto, helper
 
     def engines(path: Path) -> list[Engine]:
-        return [OnnxEngine("onnxruntime", path, 0, 1), OpenVinoEngine("openvino-fp32", path, 0, MAX_LENGTH, "fp32", 1)]
+        return [OnnxEngine("onnxruntime", path, 0, 1), OpenVinoEngine("openvino-fp32", path, 0, MAX_LENGTH, "fp32", 1, tmp_path)]
 
     path = release_dir / "onnx" / "model.onnx"
     ids = [[101, 5, 6, 102], [101, 102]]
@@ -159,7 +159,7 @@ def test_a_graph_gets_only_the_inputs_it_has(release_dir: Path, tmp_path: Path) 
     with pytest.raises(ValueError, match="pixel_values"):
         OnnxEngine("onnxruntime", tmp_path / "other.onnx", 0, 1)
     with pytest.raises(ValueError, match="pixel_values"):
-        OpenVinoEngine("openvino-fp32", tmp_path / "other.onnx", 0, MAX_LENGTH, "fp32", 1)
+        OpenVinoEngine("openvino-fp32", tmp_path / "other.onnx", 0, MAX_LENGTH, "fp32", 1, tmp_path)
 
 
 def test_the_engines_follow_settings_and_release(release_dir: Path, tmp_path: Path) -> None:
