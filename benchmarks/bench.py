@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from benchmarks.common import ROOT, Launch, interleave, provenance, ratio, run_all, write_results
+from benchmarks.common import ROOT, Launch, interleave, named, provenance, ratio, run_all, write_results
 from pipeline.assets import fetch
 from pipeline.config import FIELDS, TrainConfig
 from pipeline.errors import UserError, run_entry
@@ -88,8 +88,7 @@ def main(argv: list[str]) -> int:
     rounds = scale.rounds if options.rounds is None else options.rounds
     if rounds < 1:
         raise UserError(f"--rounds is {rounds}: allowed is 1 or more.")
-    if not re.fullmatch(r"[a-z0-9]*", options.label):
-        raise UserError(f"--label is '{options.label}': allowed are small letters and digits, for example t4x2.")
+    name = named("bench", options.label)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through `finally`, so that no run is left behind
     provenance()
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -98,7 +97,6 @@ def main(argv: list[str]) -> int:
     scale = Scale(scale.steps, scale.plain_steps, scale.test_rows, rounds, names)
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         results = Bench(model, options.dataset, scale, Path(folder), "cuda" if gpus else "cpu").measure()
-    name = f"bench-{options.label}" if options.label else "bench"
     print(f"written to {write_results(name, results, ROOT / 'outputs' / 'bench' if options.quick else None)}")
     for name, row in results["ratios"].items():
         print(f"{name:26} {row['median']:.3f} ({row['lowest']:.3f} to {row['highest']:.3f}){'' if row['held'] else '  BOUND BROKEN'}")

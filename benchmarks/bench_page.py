@@ -32,10 +32,8 @@ RATIOS = {
     "two_against_one_trainer": "2 processes against 1, Trainer, the same",
     "checkpoint_share": "One checkpoint with its manifest a run: share of the training loop's seconds, 2 processes",
 }
-# Machines that have a column though nobody has measured on them: label -> name, command.
-AWAITED = {
-    "t4x2": ("2x T4 (Kaggle)", 'make bench ARGS="--label t4x2 --model distilbert/distilbert-base-uncased" && make bench-report'),
-}
+# Machines that have a column though nobody has measured on them: label -> name, options.
+AWAITED = {"t4x2": ("2x T4 (Kaggle)", "--label t4x2 --model distilbert/distilbert-base-uncased")}
 COLOURS = {"plain": "#9aa5b1", "raw": "#0072b2", "Trainer": "#e69f00"}  # Okabe and Ito's, and a grey
 INK = "#1f2933"
 
@@ -69,8 +67,10 @@ def side_by_side(machines: Mapping[str, Mapping[str, Any]], names: Sequence[str]
     return lines
 
 
-def how_to_measure(machines: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    return [f"{name}: {NOT}. On such a machine: `{command}`." for label, (name, command) in AWAITED.items() if label not in machines]
+def how_to_measure(machines: Mapping[str, Mapping[str, Any]], target: str = "bench") -> list[str]:
+    """A line for each machine that is awaited, with the command that measures on it."""
+    awaited = [words for label, words in AWAITED.items() if label not in machines]
+    return [f'{name}: {NOT}. On such a machine: `make {target} ARGS="{options}" && make bench-report`.' for name, options in awaited]
 
 
 def precision(results: Mapping[str, Any]) -> str:

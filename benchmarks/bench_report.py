@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import statistics
 import sys
 from collections.abc import Callable, Mapping
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.bench_page import DOUBLE, NOT, RATIOS, SINGLE, about, details, how_to_measure, machine, plot, side_by_side
-from benchmarks.common import RESULTS, ROOT
+from benchmarks.common import RESULTS, ROOT, named
 from benchmarks.gpu_step import section as gpu_section
 from pipeline.errors import UserError, run_entry
 
@@ -57,12 +56,13 @@ def load(folder: Path) -> dict[str, dict[str, Any]]:
 
 def machines(found: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """`bench.json` under the label "", then the others under theirs."""
-    others = {name.removeprefix("bench-"): results for name, results in found.items() if name.startswith("bench-")}
-    return {"": found["bench"], **others}
+    return labelled(found, "bench")
 
 
-def picture(kind: str, label: str) -> str:
-    return f"{kind}{f'-{label}' if label else ''}.png"
+def labelled(found: Mapping[str, dict[str, Any]], kind: str) -> dict[str, dict[str, Any]]:
+    """The results of one kind by machine: `kind.json` under "", `kind-label.json` under its label."""
+    parts = {name: name.partition("-") for name in found}
+    return {label: found[name] for name, (stem, _, label) in parts.items() if stem == kind}
 
 
 def pages(found: Mapping[str, dict[str, Any]]) -> dict[str, str]:
@@ -79,7 +79,7 @@ def single_gpu(found: Mapping[str, dict[str, Any]]) -> str:
     ]
     lines += [*side_by_side(known, SINGLE, ("defaults_against_plain", "trainer_against_raw_1")), "", *how_to_measure(known), ""]
     for label, results in known.items():
-        lines += [f"## {machine(results)}", "", f"![samples a second and share of the peak]({picture('single_gpu', label)})", ""]
+        lines += [f"## {machine(results)}", "", f"![samples a second and share of the peak]({named('single_gpu', label)}.png)", ""]
         lines += [*about(results), "", *details(results, SINGLE), ""]
     lines += [
         "A run writes the same figures under `speed` in its `run.json`. FLOP/s: 6 x matrix parameters x tokens + 12 x layers x width x squared lengths "
@@ -102,7 +102,7 @@ def ddp_2gpu(found: Mapping[str, dict[str, Any]]) -> str:
     ]
     lines += [*side_by_side(known, DOUBLE, ratios), "", *how_to_measure(known), ""]
     for label, results in known.items():
-        lines += [f"## {machine(results)}", "", f"![samples a second and share of the peak]({picture('ddp_2gpu', label)})", ""]
+        lines += [f"## {machine(results)}", "", f"![samples a second and share of the peak]({named('ddp_2gpu', label)}.png)", ""]
         lines += [*about(results), "", *details(results, DOUBLE), ""]
         for processes, same in results["same_weights"].items():
             words = f"{processes} process{'es' * (processes != '1')}"
@@ -111,20 +111,22 @@ def ddp_2gpu(found: Mapping[str, dict[str, Any]]) -> str:
             ]
         lines += [""]
     for name, (module, command) in SECTIONS.items():
-        if name in found:
-            lines += [import_module(module).section(found[name]).strip(), ""]
-        else:
+        of_machines = labelled(found, name)
+        for label, results in of_machines.items():
+            lines += [import_module(module).section(results, label).strip(), ""]
+        lines += [*how_to_measure(of_machines, "explain"), ""] if name == "explain" else []
+        if not of_machines:
             lines += [f"## {name.capitalize()}", "", f"{NOT.capitalize()}: `{command}`.", ""]
     return text(lines)
 
 
 def pictures(found: Mapping[str, dict[str, Any]], folder: Path) -> None:
     for label, results in machines(found).items():
-        plot(results, SINGLE, folder / picture("single_gpu", label))
-        plot(results, DOUBLE, folder / picture("ddp_2gpu", label))
+        plot(results, SINGLE, folder / f"{named('single_gpu', label)}.png")
+        plot(results, DOUBLE, folder / f"{named('ddp_2gpu', label)}.png")
     for name, (module, _) in SECTIONS.items():
-        if name in found:
-            import_module(module).plot(found[name], folder / f"{name}.png")
+        for label, results in labelled(found, name).items():
+            import_module(module).plot(results, folder / f"{named(name, label)}.png")
 
 
 def index(found: Mapping[str, dict[str, Any]]) -> str:
@@ -135,15 +137,14 @@ def index(found: Mapping[str, dict[str, Any]]) -> str:
     ]
     lines += ["| page | what came out | measured | command |", "|---|---|---|---|"]
     for name, (page, title, command, headline) in HEADLINES.items():
-        for label, results in {
-            key: value for key, value in found.items() if key == name or re.fullmatch(rf"{name}-[a-z0-9]+", key)
-        }.items():
+        of_machines = labelled(found, name)
+        for label, results in of_machines.items():
             when, where = stamp(results)
-            link = f"[{title}]({page})" + (f" ({label.removeprefix(f'{name}-')})" if label != name else "")
+            link = f"[{title}]({page})" + f" ({label})" * bool(label)
             lines.append(f"| {link} | {headline(results)} | {when}, {where} | `{command}` |")
-        if name not in found:
+        if not of_machines:
             lines.append(f"| {title} | {NOT} | | `{command}` |")
-    rest = [name for name in found if not any(name == known or name.startswith(f"{known}-") for known in HEADLINES)]
+    rest = [name for name in found if name.partition("-")[0] not in HEADLINES]
     for name in rest:
         when, where = stamp(found[name])
         lines.append(f"| [{name}](results/{name}.json) | | {when}, {where} | `{found[name]['provenance']['command']}` |")
@@ -195,6 +196,22 @@ def _shards(results: Mapping[str, Any]) -> str:
     return f"{seen}, in {len(results['steps'])} steps"
 
 
+def _timeline(results: Mapping[str, Any]) -> str:
+    spans = results["ranks"][0]
+    talks = sorted(begin for part, begin, *_ in spans if part == "all-reduce")
+    begin, end = next((begin, end) for part, begin, end, *_ in spans if part == "backward")
+    return f"the first of {len(talks)} all-reduces begins {(talks[0] - begin) / (end - begin):.0%} into backward"
+
+
+def _sharding(results: Mapping[str, Any]) -> str:
+    shares = [results["fsdp"][what] / results["ddp"][what] for what in ("parameters", "optimizer")]
+    return f"of what DDP keeps, a rank of two keeps {shares[0]:.0%} of the parameters and {shares[1]:.0%} of Adam's state"
+
+
+def _rehearsal(results: Mapping[str, Any]) -> str:
+    return f"{results['installed_mib']:.0f} MiB installed, open after {results['open_seconds']:.1f} s, {results['peak_mib']:.0f} MiB at its peak"
+
+
 def _own(key: str) -> Callable[[Mapping[str, Any]], str]:
     """A headline that the program itself has put into its results."""
     return lambda results: str(results.get(key, ""))
@@ -215,9 +232,21 @@ HEADLINES: dict[str, tuple[str, str, str, Callable[[Mapping[str, Any]], str]]] =
         "../docs/images/timeline.png",
         "One step of two ranks, drawn",
         "python -m benchmarks.explain --timeline",
-        _own("headline"),
+        _timeline,
     ),
     "shards": ("../docs/images/shards.png", "Which rank saw which row, drawn", "python -m benchmarks.shards", _shards),
+    "sharding": (
+        "../docs/machines.md#when-ddp-no-longer-fits-fsdp",
+        "What a rank keeps with FSDP",
+        "python -m benchmarks.sharding",
+        _sharding,
+    ),
+    "rehearsal": (
+        "../docs/deploy.md#rehearsed-without-a-container-engine",
+        "The Docker Space's own steps, carried out here",
+        "python -m pipeline.deploy.rehearse --results",
+        _rehearsal,
+    ),
     "parity": ("parity.md", "The same result, whoever computes it", "make parity", _parity),
     "crash_test": ("crash_test.md", "Killed and started again", "make crash-test", _crash),
     "bench_serve": ("bench_serve.md", "Serving beside other servers", "make bench-serve", _serve),

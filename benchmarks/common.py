@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -142,6 +143,13 @@ def ratio(figures: Sequence[float], base: Sequence[float]) -> dict[str, float]:
 def provenance() -> dict[str, Any]:
     """When, where and with what code. Called before anything is measured: files may be edited while it is."""
     return {"date": datetime.now(UTC).isoformat(timespec="seconds"), "provenance": surroundings()}
+
+
+def named(kind: str, label: str) -> str:
+    """`kind`, or `kind-label` for another machine's results. Raises UserError for a label that is no part of a file's name."""
+    if not re.fullmatch(r"[a-z0-9]*", label):
+        raise UserError(f"--label is '{label}': allowed are small letters and digits, for example t4x2.")
+    return f"{kind}-{label}" if label else kind
 
 
 def write_results(name: str, results: Mapping[str, Any], folder: Path | None = None) -> Path:

@@ -30,7 +30,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.common import RESULTS, provenance, write_results
+from benchmarks.common import RESULTS, named, provenance, write_results
 from pipeline.errors import UserError, run_entry
 
 RANKS = (1, 2, 4, 8, 16, 32, 64)
@@ -177,20 +177,22 @@ def predict(explained: Mapping[str, Any], faster: float) -> dict[str, Any]:
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scaling", allow_abbrev=False)
     parser.add_argument("--faster", type=float, default=100.0, help="Second speed of a rank to predict for, times the measured one.")
+    parser.add_argument("--label", default="", help="Predict from explain-<label>.json, another machine's.")
     arguments = parser.parse_args(argv)
+    source, name = named("explain", arguments.label), named("scaling", arguments.label)
     if not arguments.faster > 0:
         raise UserError(f"--faster is {arguments.faster}: allowed is anything above 0.")
-    path = RESULTS / "explain.json"
+    path = RESULTS / f"{source}.json"
     if not path.exists():
-        raise UserError("there is no benchmarks/results/explain.json to predict from. Measure it with `make explain`.")
-    from benchmarks.scaling_page import PICTURE, plot, section, sentence
+        raise UserError(f"there is no benchmarks/results/{path.name} to predict from. Measure it with `make explain`.")
+    from benchmarks.scaling_page import plot, section, sentence
 
     provenance()
     found = predict(json.loads(path.read_text(encoding="utf-8")), arguments.faster)
-    written = write_results("scaling", {"sentence": sentence(found), **found})
+    written = write_results(name, {"sentence": sentence(found), **found})
     results = json.loads(written.read_text(encoding="utf-8"))
-    plot(results, RESULTS.parent / PICTURE)
-    print(section(results))
+    plot(results, RESULTS.parent / f"{name}.png")
+    print(section(results, arguments.label))
     return 0
 
 

@@ -6,10 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import provenance_lines
+from benchmarks.common import named, provenance_lines
 from benchmarks.explain.page import label
-
-PICTURE = "scaling.png"
 
 
 def _speed(curve: Mapping[str, Any]) -> str:
@@ -27,13 +25,13 @@ def sentence(results: Mapping[str, Any]) -> str:
     )
 
 
-def section(results: Mapping[str, Any]) -> str:
-    """The section of a page, in Markdown, from its heading on."""
+def section(results: Mapping[str, Any], machine: str = "") -> str:
+    """The section of a page, in Markdown, from its heading on; `machine` is the label of another than the first."""
     model, source, links = results["model"], results["from"], results["links"]
     here = results["measured"]["link"]
     ranks = results["measured"]["ranks"]
     lines = [
-        "## More ranks: predictions",
+        f"## More ranks: predictions{f', from {machine}' * bool(machine)}",
         "",
         f"**Predictions**, but for the crosses. They are made from parts that were measured at 1 and {ranks} ranks. {provenance_lines(source)} "
         f"`python -m benchmarks.scaling` has the formula. What goes into it: {model['per_row'] * 1e3:.2f} ms a row, "
@@ -44,7 +42,7 @@ def section(results: Mapping[str, Any]) -> str:
         f"A rank here is {label({**source['about'], 'processes': 1})}, so slow that most links look alike; the lower half assumes ranks that compute "
         f"{results['curves'][-1]['faster']:g} times as fast, which nobody measured. The links are at their line rates, each rank has one of its own.",
         "",
-        f"![Predicted efficiency]({PICTURE})",
+        f"![Predicted efficiency]({named('scaling', machine)}.png)",
         "",
     ]
     for curve in results["curves"]:

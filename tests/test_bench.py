@@ -13,7 +13,7 @@ from datasets import Dataset
 from launching import launch
 
 from benchmarks import bench, bench_page, bench_report
-from benchmarks.common import provenance
+from benchmarks.common import RESULTS, provenance
 from pipeline.batches import Collator, training_loader
 from pipeline.config import TrainConfig
 from pipeline.errors import UserError
@@ -147,6 +147,21 @@ def test_pages_are_made_of_the_results(measured: dict[str, Any], tmp_path: Path)
     bench_report.pictures(found | {"bench-t4x2": t4}, tmp_path)
     names = {"single_gpu.png", "single_gpu-t4x2.png", "ddp_2gpu.png", "ddp_2gpu-t4x2.png"}
     assert {path.name for path in tmp_path.iterdir() if path.stat().st_size > 10_000} == names
+    # What `make explain` found there has sections and pictures of its own, whatever this machine measured.
+    explained = {name: json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8")) for name in ("explain", "scaling")}
+    there = {f"{name}-t4x2": results for name, results in explained.items()}
+    page = bench_report.pages(found | explained | there)["ddp_2gpu.md"]
+    assert "make explain ARGS" not in page and "make explain ARGS" in pages["ddp_2gpu.md"]
+    for name in (
+        "Where the missing speed-up went, on t4x2",
+        "More ranks: predictions, from t4x2",
+        "(explain-t4x2.png)",
+        "(scaling-t4x2.png)",
+    ):
+        assert page.count(name) == 1 and name not in pages["ddp_2gpu.md"], name
+    (tmp_path / "labelled").mkdir()
+    bench_report.pictures({"bench": measured, "explain-t4x2": explained["explain"]}, tmp_path / "labelled")
+    assert (tmp_path / "labelled" / "explain-t4x2.png").stat().st_size > 10_000
     readme = f"before\n{bench_report.BEGIN}\nold\n{bench_report.END}\nafter"
     new = bench_report.with_results(readme, found)
     assert rate in new and "old" not in new and new.startswith("before\n") and new.endswith("\nafter")

@@ -16,7 +16,7 @@ one process with as many threads as each of several has, several processes, and 
 5. What may help, each measured as 2 is, and predicted from 1 to 4 and from timed all-reduces.
 
 `benchmarks.explain.parts` has the arithmetic, `benchmarks.scaling` what follows for more ranks, which this runs as well.
-Written to benchmarks/results/{explain,timeline,scaling}.json with their pictures. Exit code 1: the parts do not add up to
+Written to benchmarks/results/{explain,timeline,scaling}.json with their pictures, with --label t4x2 to explain-t4x2.json and so on. Exit code 1: the parts do not add up to
 the step within 3%, or the speed-up they predict is off by more than 0.05; the machine was not quiet, run it again.
 """
 
@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import scaling
-from benchmarks.common import RESULTS, ROOT, provenance, write_results
+from benchmarks.common import RESULTS, ROOT, named, provenance, write_results
 from benchmarks.explain import page, timeline
 from benchmarks.explain.measure import launched, measure, shapes
 from benchmarks.explain.parts import PARTS, explain
@@ -56,8 +56,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--processes", type=int, default=gpus if gpus > 1 else 2, help="Of the larger launch (default: 2, or all GPUs).")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=6, help="Steps of a turn, an even number.")
+    parser.add_argument("--label", default="", help="Name of another machine, such as t4x2: files of its own.")
     parser.add_argument("--timeline", action="store_true", help="Only draw a step anew, on the CPU.")
     given = parser.parse_args(argv)
+    name = named("explain", given.label)
     if given.processes < 2:
         raise UserError(f"--processes is {given.processes}: allowed is 2 or more.")
     if given.rounds < 1:
@@ -81,13 +83,13 @@ def main(argv: list[str]) -> int:
             return 0
         raw = measure([*options, "--device", given.device], given.processes, given.device, given.rounds, given.steps, Path(folder))
     found = explain(raw)
-    path = write_results("explain", {"model": Path(model).name, "dataset": "ag_news", "sentence": page.sentence(found), **found})
+    path = write_results(name, {"model": Path(model).name, "dataset": "ag_news", "sentence": page.sentence(found), **found})
     results = json.loads(path.read_text(encoding="utf-8"))
-    page.plot(results, RESULTS.parent / page.PICTURE)
-    print(page.section(results))
-    if raw["timeline"]:
+    page.plot(results, RESULTS.parent / f"{name}.png")
+    print(page.section(results, given.label))
+    if raw["timeline"] and not given.label:
         draw(raw["about"]["many"] | {"model": Path(model).name}, raw["timeline"])
-    scaling.main([])
+    scaling.main(["--label", given.label])
     return 0 if holds(results) else 1
 
 

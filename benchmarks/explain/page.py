@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import provenance_lines
+from benchmarks.common import named, provenance_lines
 from benchmarks.explain.parts import OWN, PARTS
 
-PICTURE = "explain.png"
 WORTH_SAYING = 0.005
 TITLES = {
     "data": "data", "to_device": "to the device", "forward": "forward", "backward": "backward", "optimizer": "clipping and optimizer",
@@ -44,14 +43,14 @@ def sentence(results: Mapping[str, Any]) -> str:
     return f"{results['speedup']['measured']['median']:.2f}x of {ranks}: {', '.join(said) or 'nothing is lost'}{back}."
 
 
-def section(results: Mapping[str, Any]) -> str:
-    """The section of a page, in Markdown, from its heading on."""
+def section(results: Mapping[str, Any], machine: str = "") -> str:
+    """The section of a page, in Markdown, from its heading on; `machine` is the label of another than the first."""
     accounts, ranks = results["accounts"], results["accounts"]["many"]["about"]["processes"]
     many, batch = accounts["many"], accounts["many"]["about"]["batch"]
     parts_sum, speedup = sum(many[part] for part in PARTS) / many["step"], results["speedup"]
     measured = speedup["measured"]
     lines = [
-        "## Where the missing speed-up went",
+        f"## Where the missing speed-up went{f', on {machine}' * bool(machine)}",
         "",
         f"{provenance_lines(results)} {results['model']}, {batch['global']} rows a step ({batch['per_device']} a rank), "
         f"{many['about']['precision']}, backend {many['about']['backend']}; {results['rounds']} rounds in turns over the same "
@@ -71,7 +70,16 @@ def section(results: Mapping[str, Any]) -> str:
             f"{label(accounts['all cores']['about'])} the speed-up is {all_cores['measured']['median']:.2f}x "
             f"(rounds: {all_cores['measured']['lowest']:.2f} to {all_cores['measured']['highest']:.2f}).",
         ]
-    lines += ["", f"![Parts of a step]({PICTURE})", "", *_parts_table(results), "", *_lost_table(results), "", *_remedies(results)]
+    lines += [
+        "",
+        f"![Parts of a step]({named('explain', machine)}.png)",
+        "",
+        *_parts_table(results),
+        "",
+        *_lost_table(results),
+        "",
+        *_remedies(results),
+    ]
     return "\n".join(lines) + "\n"
 
 

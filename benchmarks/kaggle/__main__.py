@@ -18,6 +18,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -138,16 +139,17 @@ def execute(notebook: dict[str, Any], path: Path) -> None:
             f"{error.name} is not installed: {sys.executable} -m pip install -r requirements-dev.txt, then run it again."
         ) from error
     nb = nbformat.reads(json.dumps(notebook), as_version=4)
-    # Through files of this user instead of open ports of the machine.
-    config = Config({"KernelManager": {"transport": "ipc"}})
-    client = NotebookClient(nb, kernel_name="python3", timeout=None, coalesce_streams=True, config=config, on_cell_execute=tell_cell)
     path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        client.execute()
-    except CellExecutionError as error:
-        raise UserError(f"The notebook stopped: {error.evalue} The executed copy: {path}") from error
-    finally:
-        nbformat.write(nb, path)
+    with tempfile.TemporaryDirectory() as sockets:
+        # Through files of this user instead of open ports of the machine.
+        config = Config({"KernelManager": {"transport": "ipc", "ip": f"{sockets}/kernel"}})
+        client = NotebookClient(nb, kernel_name="python3", timeout=None, coalesce_streams=True, config=config, on_cell_execute=tell_cell)
+        try:
+            client.execute()
+        except CellExecutionError as error:
+            raise UserError(f"The notebook stopped: {error.evalue} The executed copy: {path}") from error
+        finally:
+            nbformat.write(nb, path)
 
 
 def tell_cell(cell: Any, cell_index: int) -> None:
