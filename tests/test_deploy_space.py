@@ -254,7 +254,7 @@ def test_from_deploy_to_curl(hub: Any, api: HfApi, model: str, tmp_path: Path, c
         done = subprocess.run(line, shell=True, capture_output=True, text=True, timeout=60, check=True)
         return json.loads(done.stdout)
 
-    rehearsing = ["--space", name, "--port", str(port), "--secret", "HF_TOKEN=READ_TOKEN"]
+    rehearsing = ["--space", name, "--port", str(port), "--secret", "HF_TOKEN=READ_TOKEN", "--results", str(tmp_path / "measured.json")]
     with started(rehearsing, module="pipeline.deploy.rehearse", **env) as rehearsal:
         commit = api.model_info(model).sha
         answer = asked(deployed("--secret", "HF_TOKEN=READ_TOKEN"))
@@ -292,5 +292,7 @@ def test_from_deploy_to_curl(hub: Any, api: HfApi, model: str, tmp_path: Path, c
     sizes = [int(size) for size in re.findall(r"^installed   (\d+) MiB", output, re.MULTILINE)]
     peaks = [int(size) for size in re.findall(r"^memory      (\d+) MiB", output, re.MULTILINE)]
     assert len(sizes) == len(peaks) == 2 and 0 < max(sizes) * 2**20 < 450 * MB and 0 < max(peaks) < 1024  # the container's limit
+    measured = json.loads((tmp_path / "measured.json").read_text(encoding="utf-8"))
+    assert round(measured["installed_mib"]) == sizes[-1] and round(measured["peak_mib"]) == peaks[-1] and measured["open_seconds"] > 0
     with capsys.disabled():
         print(f"\ninstalled {max(sizes)} MiB, peak memory {max(peaks)} MiB")

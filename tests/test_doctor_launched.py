@@ -61,6 +61,18 @@ def test_a_launch_that_is_well(config: Path) -> None:
     assert "2 ranks, of which Accelerate sees 2" in done.stdout and "All is well" in done.stdout.splitlines()[-1]
 
 
+def test_a_sharded_launch_is_checked_and_then_examined_as_ddp(config: Path, tmp_path: Path) -> None:
+    launch_file = ROOT / "configs/accelerate/gpu2_fsdp.yaml"
+    done = launch([str(config), "--launch", str(launch_file)], module="pipeline.doctor", CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = levels(done.stdout)
+    assert "FSDP" in found["warn"] and "gradient" in found["ok"] and not found["FAIL"] + found["skip"], done.stdout
+    settings = launch_file.read_text(encoding="utf-8").rstrip() + "\n  fsdp_offload_params: true\n"
+    (tmp_path / "offload.yaml").write_text(settings, encoding="utf-8")
+    done = launch([str(config), "--launch", str(tmp_path / "offload.yaml")], module="pipeline.doctor", CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 1 and "fsdp_offload_params is true: allowed is false" in " ".join(done.stdout.split()), done.stdout
+
+
 def test_one_process_where_two_are_asked_for_and_bad_data(config: Path, tmp_path: Path) -> None:
     """MULTI_CPU silently launches one process; fp16 does not exist on the CPU; rows are repeated, relabelled, leaked."""
     multi_cpu = (ROOT / "configs/accelerate/cpu2.yaml").read_text(encoding="utf-8").replace("MULTI_GPU\n", "MULTI_CPU\n")

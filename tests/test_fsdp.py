@@ -38,7 +38,14 @@ def workshop(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path, r8_
 
 def train(workshop: Path, name: str, launch_file: str, *options: str) -> dict[str, Any]:
     folder = workshop / name
-    command = ["launch", "--config_file", f"configs/accelerate/{launch_file}.yaml", "tests/fsdp_probe.py", str(workshop / "run.yaml")]
+    command = [
+        "launch",
+        "--config_file",
+        f"configs/accelerate/{launch_file}.yaml",
+        "-m",
+        "benchmarks.fsdp_probe",
+        str(workshop / "run.yaml"),
+    ]
     done = launch([*command, "--output_dir", str(folder), *options], module="accelerate.commands.accelerate_cli")
     assert done.returncode == 0, done.stderr
     kept = [json.loads((folder / f"kept-{rank}.json").read_text(encoding="utf-8")) for rank in (0, 1)]

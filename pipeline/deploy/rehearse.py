@@ -2,6 +2,7 @@
 
     python -m pipeline.deploy.rehearse --space your-name/news-api                       on http://127.0.0.1:7860
     python -m pipeline.deploy.rehearse --space your-name/news-api --secret HF_TOKEN=READ_TOKEN
+    python -m pipeline.deploy.rehearse --space your-name/news-api --results rehearsal.json        what was measured, as JSON too
 
 Waits for the Space, pulls it into an empty folder, carries out its Dockerfile (see dockerfile.py), starts its command with the
 Space's variables, and tells how large what was installed is and how much memory it takes. A local Hub is told what runs where, so
@@ -23,18 +24,21 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import psutil
 from huggingface_hub import HfApi, SpaceInfo, get_session, hf_hub_download, metadata_load, snapshot_download
 from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.utils import build_hf_headers
 
+from pipeline.checkpoint import write_json
 from pipeline.deploy.dockerfile import Image, steps
 from pipeline.deploy.space import read_secrets
 from pipeline.errors import UserError, run_entry
 from pipeline.hub_access import limit_waiting
+from pipeline.record import surroundings
 
 HUGGING_FACE = "https://huggingface.co"
 TELL_SECONDS = 2  # a local Hub takes the runner for gone after ten
@@ -83,8 +87,11 @@ def find(space: str, api: HfApi) -> SpaceInfo:
         time.sleep(0.5)
 
 
-def build(info: SpaceInfo, folder: Path, api: HfApi) -> Image:
-    """The Space's commit pulled below `folder`, and its Dockerfile carried out there. Raises UserError for a step that fails."""
+def build(info: SpaceInfo, folder: Path, api: HfApi) -> tuple[Image, dict[str, Any]]:
+    """The Space's commit pulled below `folder`, its Dockerfile carried out there, and how much that installed.
+
+    Raises UserError for a step that fails.
+    """
     context, root = folder / "space", folder / "root"
     before = _base(context)
     shutil.rmtree(context, ignore_errors=True)
@@ -106,7 +113,7 @@ def build(info: SpaceInfo, folder: Path, api: HfApi) -> Image:
     image.close()
     size, packages = image.installed()
     print(f"installed   {size / MIB:.0f} MiB in {packages} packages", flush=True)
-    return image
+    return image, {"installed_mib": size / MIB, "packages": packages}
 
 
 def _base(context: Path) -> list[bytes]:
@@ -129,8 +136,11 @@ def environment(info: SpaceInfo, port: int, secrets: Mapping[str, str], api: HfA
     }
 
 
-def run(info: SpaceInfo, image: Image, port: int, given: Mapping[str, str], teller: Teller, log: Path) -> None:
-    """The Space's command, until it ends, the Space changes or a restart is asked for. Raises UserError where it ends by itself."""
+def run(info: SpaceInfo, image: Image, port: int, given: Mapping[str, str], teller: Teller, log: Path, measured: dict[str, Any]) -> None:
+    """The Space's command, until it ends, the Space changes or a restart is asked for; its start and memory go to `measured`.
+
+    Raises UserError where it ends by itself.
+    """
     host, began, peak, open_since, restarts = f"http://127.0.0.1:{port}", time.monotonic(), 0, 0.0, teller.restarts
     with log.open("wb") as sink:
         try:
@@ -159,6 +169,7 @@ def run(info: SpaceInfo, image: Image, port: int, given: Mapping[str, str], tell
                 process.kill()
                 process.wait()
             print(f"memory      {peak / MIB:.0f} MiB at its peak, all processes together", flush=True)
+            measured |= {"open_seconds": open_since, "peak_mib": peak / MIB}
     last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["no output"]
     raise UserError(f"The command of {info.id} ended with code {process.returncode}: {last[-1]}")
 
@@ -179,8 +190,10 @@ def answers(port: int) -> bool:
     return False
 
 
-def rehearse(space: str, port: int, secrets: Mapping[str, str], api: HfApi) -> NoReturn:
+def rehearse(space: str, port: int, secrets: Mapping[str, str], api: HfApi, results: Path | None) -> NoReturn:
     """Runs the Space's commits, one after the other, for ever. One that fails is told, and waited out, as on the Hub.
+
+    What was measured of the last one, sizes in MiB and seconds, is written to `results` when it ends.
 
     Raises UserError where the port is taken, or the Space is none that can be rehearsed.
     """
@@ -198,10 +211,15 @@ def rehearse(space: str, port: int, secrets: Mapping[str, str], api: HfApi) -> N
             stage = "BUILD_ERROR"
             try:
                 teller.tell("BUILDING", info.sha)
-                image = build(info, folder, api)
+                about = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "provenance": surroundings()}
+                image, measured = build(info, folder, api)
                 stage = "RUNTIME_ERROR"
                 teller.tell("APP_STARTING", info.sha)
-                run(info, image, port, environment(info, port, secrets, api), teller, folder / "container.log")
+                try:
+                    run(info, image, port, environment(info, port, secrets, api), teller, folder / "container.log", measured)
+                finally:
+                    if results:
+                        write_json(results, {"format": 1, **about, **measured})
             except UserError as error:
                 print(f"{stage.lower().replace('_', ' '):12}{error}", file=sys.stderr, flush=True)
                 teller.tell(stage, info.sha, error=str(error))
@@ -216,7 +234,9 @@ def rehearse(space: str, port: int, secrets: Mapping[str, str], api: HfApi) -> N
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}. Usage: python -m pipeline.deploy.rehearse --space owner/name [--port 7860] [--secret NAME ...]")
+        raise UserError(
+            f"{message}. Usage: python -m pipeline.deploy.rehearse --space owner/name [--port 7860] [--secret NAME ...] [--results FILE]"
+        )
 
 
 def main(argv: Sequence[str]) -> None:
@@ -224,6 +244,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--space", required=True, help="owner/name of the Space; waited for if it is not there yet.")
     parser.add_argument("--port", type=int, default=7860, help="Port on loopback where it answers (7860, as on the Hub).")
     parser.add_argument("--secret", nargs="+", default=[], metavar="NAME[=VARIABLE]", help="Its secrets, from variables here.")
+    parser.add_argument("--results", type=Path, help="Write what was measured (size, start, memory) into this JSON file.")
     arguments = parser.parse_args(argv)
 
     def end(*_: object) -> NoReturn:
@@ -231,7 +252,7 @@ def main(argv: Sequence[str]) -> None:
 
     signal.signal(signal.SIGTERM, end)
     with suppress(KeyboardInterrupt):  # the way to end it
-        rehearse(arguments.space, arguments.port, read_secrets(arguments.secret), HfApi())
+        rehearse(arguments.space, arguments.port, read_secrets(arguments.secret), HfApi(), arguments.results)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 
+from pipeline import sharding
 from pipeline.doctor.frame import Context, Finding, Level, from_error, gib, judge
 from pipeline.record import surroundings
 from pipeline.topology import plan_batches
@@ -31,7 +32,12 @@ def world_size(context: Context) -> list[Finding]:
     found = f"{len(seen)} rank{'s' * (len(seen) > 1)}, of which Accelerate sees {' or '.join(map(str, sorted(set(seen))))}"
     advice = "Several on the CPU: MULTI_GPU with use_cpu, as in cpu2.yaml (MULTI_CPU starts one), and --device cpu where there are GPUs."
     good = set(seen) == {len(seen)} == {context.asked}
-    return [judge("world size", found, f"{context.asked}, num_processes of {context.launch}", good, advice)]
+    findings = [judge("world size", found, f"{context.asked}, num_processes of {context.launch}", good, advice)]
+    if context.sharded:
+        sharding.check(context.config, len(seen), context.topology.device)
+        advice = f"Nothing, but read the lines below as those of DDP: weights, gradients and optimizer take 1/{len(seen)} of what they say."
+        findings.append(Finding("FSDP", "examined as DDP, each rank with the whole model", "no sharding", "warn", advice))
+    return findings
 
 
 def devices(context: Context) -> list[Finding]:

@@ -16,6 +16,7 @@ from typing import Any
 import torch.distributed as dist
 import transformers
 
+from pipeline import sharding
 from pipeline.config import parse
 from pipeline.doctor import check_launch, check_sources, check_training
 from pipeline.doctor.frame import Context, Finding, attempt, verdict
@@ -56,7 +57,9 @@ def main(argv: list[str]) -> int:
     folder, asked, launch, *arguments = argv
     config, began = parse(arguments), time.monotonic()
     transformers.logging.set_verbosity_error()  # the findings say it all
-    refused = None
+    # Asked, then taken out: Accelerate would shard what the checks want to see whole.
+    sharded, refused = sharding.asked_for(), None
+    os.environ.pop("ACCELERATE_USE_FSDP", None)
     try:
         topology = find_topology(config)
     except UserError as error:  # examine the nearest that this machine has
@@ -65,7 +68,7 @@ def main(argv: list[str]) -> int:
     join(topology)
     findings: list[Finding] = []
     with Watch(Path(folder), topology.rank, topology.world_size, PATIENCE * config.hang_seconds) as watch:
-        context = Context(config, topology, Path(folder), int(asked), launch, refused, watch.tick)
+        context = Context(config, topology, Path(folder), int(asked), launch, refused, sharded, watch.tick)
         for name, check, needs in CHECKS:
             watch.beat(name, slow=name in RUN)
             findings += (found := attempt(context, name, check, needs))

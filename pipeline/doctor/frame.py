@@ -82,6 +82,7 @@ class Context:
     asked: int  # processes the launch file asks for
     launch: str  # name of the launch file
     refused: str | None = None  # why the configured device or precision cannot be had; `topology` is a substitute then
+    sharded: bool = False  # the launch file says FSDP; `topology` is that of DDP
     tick: Callable[[], None] = lambda: None  # tells the others that this rank moves
     done: set[str] = field(default_factory=set)  # names of the checks that came to their end, on all ranks
     plan: Any = None  # batch: BatchPlan

@@ -1,6 +1,6 @@
 """Runs `pipeline.train`, and at its checkpoints writes what this rank keeps in memory to <output_dir>/kept-<rank>.json.
 
-accelerate launch --config_file configs/accelerate/gpu2_fsdp.yaml tests/fsdp_probe.py CONFIG --output_dir FOLDER
+accelerate launch --config_file configs/accelerate/gpu2_fsdp.yaml -m benchmarks.fsdp_probe CONFIG --output_dir FOLDER
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from pipeline import train
 from pipeline.config import parse
 from pipeline.errors import run_entry
