@@ -5,7 +5,7 @@
 
 Prints `listening on http://HOST:PORT` once it answers, and logs when it is ready. Exit codes: 0 after SIGTERM or
 Ctrl-C (requests in flight are finished first), 2 for what the person who started it can put right, in one line, 70 for
-an engine that died or hung and could not be replaced: whoever started it should start it again.
+an engine that died or hung and could not be replaced: whoever started it should start it again; 1 for a defect.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from serve.worker import in_thread
 
 log = logging.getLogger("serve")
 
+EXIT_DEFECT = 1
 EXIT_USER_ERROR = 2
 EXIT_ENGINE = 70
 DRAIN_SECONDS = 8  # for requests in flight; whoever stops containers kills after 10 s
@@ -110,6 +111,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Fatal as error:
         log.critical("the service ends: %s", error)
         end(EXIT_ENGINE)
+    except Exception as error:
+        log.critical("the service has a defect and ends", exc_info=error)
+        end(EXIT_DEFECT)
     end(0)
 
 

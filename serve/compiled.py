@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,16 +25,25 @@ from serve.machine import cpu
 log = logging.getLogger("serve")
 
 KEPT = 4  # files, each as large as the weights
+ABANDONED_SECONDS = 600  # half a file of a process that was killed as it wrote
+SAMPLES, SAMPLE_BYTES = 16, 1 << 16
 _DIGEST = hashlib.sha256().digest_size
 
 Bytes = npt.NDArray[np.uint8]
 
 
 def identity(path: Path) -> list[Any]:
-    """What tells a file from any other, without reading it; one of the Hub's cache has its content's hash as its name."""
+    """What tells a file from any other without reading all of it: name, size, time, and the digest of samples.
+
+    Other weights differ everywhere, also where a copy has set name, size and time as they were.
+    """
     real = path.resolve()
-    about = real.stat()
-    return [str(real), about.st_size, about.st_mtime_ns]
+    about, digest = real.stat(), hashlib.sha256()
+    with real.open("rb") as file:
+        for part in range(SAMPLES):
+            file.seek(about.st_size * part // SAMPLES)
+            digest.update(file.read(SAMPLE_BYTES))
+    return [str(real), about.st_size, about.st_mtime_ns, digest.hexdigest()]
 
 
 def compiled(folder: Path, facts: Sequence[Any], make: Callable[[], memoryview]) -> Bytes:
@@ -46,9 +56,11 @@ def compiled(folder: Path, facts: Sequence[Any], make: Callable[[], memoryview])
         try:
             _write(file, data)
         except OSError as error:
-            log.warning("it is compiled at every start: %s cannot be written (%s)", folder, error.strerror)
-        if (found := _read(file)) is None:
-            found = np.array(data)
+            log.warning("the model is compiled at every start: %s cannot be written (%s)", folder, error.strerror)
+            return np.frombuffer(data, np.uint8)
+        _prune(folder)
+        if (found := _read(file)) is None:  # somebody else has removed it
+            return np.frombuffer(data, np.uint8)
     return found
 
 
@@ -56,15 +68,16 @@ def _read(file: Path) -> Bytes | None:
     """The content of a whole file, else None."""
     try:
         mapped = np.memmap(file, np.uint8, mode="c")  # the library asks for memory that it could write to
-        os.utime(file)  # used last now: those that were not are removed first
     except (OSError, ValueError):  # ValueError: an empty file
         return None
+    with contextlib.suppress(OSError):  # one may read where one may not write
+        os.utime(file)  # used last now: those that were not are removed first
     content, digest = mapped[:-_DIGEST], mapped[-_DIGEST:].tobytes()
     return content if hashlib.sha256(content.data).digest() == digest else None
 
 
 def _write(file: Path, data: memoryview) -> None:
-    """Whole or not at all, and no more than KEPT of them. One that is removed while it is mapped can still be read."""
+    """Whole or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
     handle, fresh = tempfile.mkstemp(dir=file.parent, suffix=".tmp")
     try:
@@ -75,6 +88,15 @@ def _write(file: Path, data: memoryview) -> None:
     except OSError:
         Path(fresh).unlink()  # a full disk must not fill up with these
         raise
-    for old in sorted(file.parent.glob("*.bin"), key=lambda path: path.stat().st_mtime)[:-KEPT]:
+
+
+def _prune(folder: Path) -> None:
+    """Keeps those used last. One that is removed while it is mapped can still be read."""
+    ages: dict[Path, float] = {}
+    for path in folder.iterdir():
+        with contextlib.suppress(OSError):  # another process was quicker
+            ages[path] = time.time() - path.stat().st_mtime
+    whole = sorted((path for path in ages if path.suffix == ".bin"), key=ages.__getitem__)
+    for path in [*whole[KEPT:], *(path for path, age in ages.items() if path.suffix == ".tmp" and age > ABANDONED_SECONDS)]:
         with contextlib.suppress(OSError):
-            old.unlink()
+            path.unlink()

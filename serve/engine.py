@@ -150,7 +150,9 @@ class OpenVinoEngine:
             return exported
 
         # What is imported keeps reading its weights from there, and crashes where they are gone.
-        self._weights = openvino.Tensor(compiled(kept, [*identity(path), openvino.__version__, precision], compile), shared_memory=True)
+        self._weights = openvino.Tensor(
+            compiled(kept, [*identity(path), openvino.__version__, precision, threads], compile), shared_memory=True
+        )
         self._beside = core.import_model(self._weights, "CPU", {**options, "NUM_STREAMS": self.lanes})
         if precision == "bf16" and self._beside.get_property("INFERENCE_PRECISION_HINT") != openvino.Type.bf16:
             raise ValueError("OpenVINO does not compute in bf16 on this CPU")
@@ -256,16 +258,14 @@ def known(settings: Settings, release: Weights) -> list[str]:
     """
     if settings.engine != "auto":
         wanted = [settings.engine]
-    elif on_gpu(settings):
+    elif on_gpu(settings) and (settings.device == "cuda" or release.fetch("model*.safetensors*")):
         import torch
 
         # Older cards than Ampere compute bf16 by emulation; there fp32 is the faithful choice.
         fast = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 8
         wanted = ["torch-bf16", "torch-fp32"] if fast else ["torch-fp32"]
     elif has_onnx(settings, release):
-        # Most likely the fastest first: if the timings agree, no second engine is ever loaded.
-        bf16 = ["openvino-bf16"] * computes_bf16()
-        wanted = [*bf16, "openvino-fp32"] * has("openvino") + ["onnxruntime"] * has("onnxruntime")
+        wanted = _on_onnx()
     else:
         wanted = ["torch-fp32"] + ["torch-bf16"] * computes_bf16()
     _require(wanted[0], settings, release)
@@ -273,10 +273,22 @@ def known(settings: Settings, release: Weights) -> list[str]:
 
 
 def last_resort(settings: Settings, release: Weights) -> Iterator[str]:
-    """torch in fp32, where it is installed and nothing that was known serves; asked for only then, since it fetches weights."""
-    asked = settings.engine == "auto" and not on_gpu(settings) and has("torch", "transformers")
-    if asked and has_onnx(settings, release) and release.fetch("model*.safetensors*"):
+    """What serves where nothing that was known does; asked for only then, since it fetches weights.
+
+    After the engines on the ONNX file torch in fp32, where it is installed; after torch on a GPU those on the ONNX file.
+    """
+    if settings.engine != "auto" or settings.device == "cuda" or not has_onnx(settings, release):
+        return
+    if on_gpu(settings):
+        yield from _on_onnx()
+    elif has("torch", "transformers") and release.fetch("model*.safetensors*"):
         yield "torch-fp32"
+
+
+def _on_onnx() -> list[str]:
+    """Most likely the fastest first: if the timings agree, no second engine is ever loaded."""
+    bf16 = ["openvino-bf16"] * computes_bf16()
+    return [*bf16, "openvino-fp32"] * has("openvino") + ["onnxruntime"] * has("onnxruntime")
 
 
 def has_onnx(settings: Settings, release: Weights) -> bool:

@@ -46,8 +46,11 @@ class Fatal(Exception):
 class Life:
     """`serving` is what answers now, None at first; `failure` why there is none and never will be."""
 
-    def __init__(self, settings: Settings, metrics: Metrics, on_failure: Callable[[], None]) -> None:
-        self.settings, self.metrics, self._on_failure = settings, metrics, on_failure
+    def __init__(
+        self, settings: Settings, metrics: Metrics, on_failure: Callable[[], None], stuck: Callable[[], str | None] = lambda: None
+    ) -> None:
+        """`stuck` says why the process cannot be helped, whatever the engine does, or None."""
+        self.settings, self.metrics, self._on_failure, self._stuck = settings, metrics, on_failure, stuck
         self.serving: Serving | None = None
         self.failure: Exception | None = None
         self.choice: Choice | None = None  # of the engine, for what serves
@@ -286,6 +289,9 @@ class Life:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(min(1.0, stall / 2)):
                     await self._died.wait()
+            if reason := self._stuck():
+                self._fail(Fatal(reason))
+                return
             is_dead, now = self._died.is_set(), time.monotonic()
             self._died.clear()
             assert self.serving

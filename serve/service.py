@@ -36,8 +36,8 @@ class Service:
         self.settings, self.metrics = settings, metrics
         self.started = time.monotonic()
         self.on_failure: Callable[[], None] = lambda: None
-        self._life = Life(settings, metrics, lambda: self.on_failure())
         self._tokenizing = Tokenizing()
+        self._life = Life(settings, metrics, lambda: self.on_failure(), self._stuck)
 
     def start(self) -> None:
         """Begins to load, in the background: /health answers meanwhile, /ready is red."""
@@ -63,6 +63,9 @@ class Service:
         if self._life.serving is None:
             return "the model is still being loaded"
         return self._life.serving.batcher.trouble() or self._tokenizing.trouble(self.settings.stall_seconds)
+
+    def _stuck(self) -> str | None:
+        return self._tokenizing.trouble(3 * self.settings.stall_seconds)  # as long as an engine is waited for
 
     def overloaded(self) -> int | None:
         """Whole seconds after which to try again, when no request can be taken now, or None."""

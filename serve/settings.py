@@ -48,7 +48,10 @@ class Settings:
     )
     max_texts: int = _option(256, "Most texts in one /predict/batch request.")
     max_body_bytes: int = _option(1 << 20, "Largest request body in bytes; beyond it callers get 413.")
-    state_dir: str = _option("", "Folder for what is remembered between starts (proofs, timings); empty: distrinews in HF_HOME.")
+    state_dir: str = _option(
+        "",
+        "Folder for what is remembered between starts (proofs, timings, up to 4 compiled models), on a disk of this machine; empty: distrinews in HF_HOME.",
+    )
     watch_seconds: float = _option(60.0, "Seconds between looks at the Hub for a newer commit of the revision; 0: never.")
     max_model_bytes: int = _option(4 << 30, "Largest weights that are downloaded, in bytes; a release with larger ones is refused.")
     cors_origins: str = _option("", "Origins whose pages may call this, https://a.example,https://b.example or *; empty: none but its own.")

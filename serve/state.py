@@ -1,7 +1,8 @@
 """What the service remembers from one start to the next: small JSON files in a folder of its own.
 
-Engines' timings, proofs, the last revision that was proven, those that were refused. Nothing here is needed: without
-a folder that can be written, the service works and measures again at the next start.
+Engines' timings, proofs, the last revision that was proven, those that were refused; beside them, in `compiled`, the
+models as OpenVINO compiled them (`serve.compiled`). Nothing here is needed: without a folder that can be written, the
+service works, and measures and compiles again at the next start.
 """
 
 from __future__ import annotations

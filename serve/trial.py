@@ -21,6 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from serve import logs
 from serve.engine import Batch, open_engine
 from serve.model import first_sentence, tokenized
 from serve.proof import ALONE, Proof, by_length, compute, prove, spread
@@ -106,7 +107,9 @@ def main() -> None:
         os.nice(NICE)
     # What a library prints must not stand in the answer.
     answer, sys.stdout = sys.stdout, sys.stderr
-    trial = try_engine(pull(asked["folder"]), asked["engine"], Settings(**asked["settings"]))
+    settings = Settings(**asked["settings"])
+    logs.set_up(settings.log_format)
+    trial = try_engine(pull(asked["folder"]), asked["engine"], settings)
     json.dump(dataclasses.asdict(trial), answer)
 
 

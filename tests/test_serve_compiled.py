@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -65,12 +67,33 @@ def test_those_not_used_for_longest_go(tmp_path: Path) -> None:
     assert (kept.calls, gone.calls) == (0, 1)
 
 
+def test_half_files_of_those_that_were_killed_go(tmp_path: Path) -> None:
+    for name, age in (("old.tmp", module.ABANDONED_SECONDS + 60), ("new.tmp", 0)):
+        (tmp_path / name).write_text("half")
+        os.utime(tmp_path / name, (time.time() - age, time.time() - age))
+    compiled(tmp_path, ["a model"], Maker())
+    assert {path.name for path in tmp_path.glob("*.tmp")} == {"new.tmp"}
+
+
+def test_a_file_is_used_where_it_cannot_be_touched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a folder of another user, or of an image: what fails there is setting the time."""
+    compiled(tmp_path, ["a model"], Maker())
+
+    def forbidden(*_: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "utime", forbidden)
+    assert compiled(tmp_path, ["a model"], again := Maker()).tobytes() == again.content and again.calls == 0
+
+
 def test_another_file_under_the_same_name_is_another(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("1")
     before = identity(tmp_path / "a")
     (tmp_path / "link").symlink_to(tmp_path / "a")
     assert identity(tmp_path / "link") == before
-    (tmp_path / "a").write_text("22")
+    about = (tmp_path / "a").stat()
+    (tmp_path / "a").write_text("2")  # as large, and as old
+    os.utime(tmp_path / "a", ns=(about.st_atime_ns, about.st_mtime_ns))
     assert identity(tmp_path / "a") != before
 
 
@@ -81,6 +104,9 @@ def test_an_engine_opened_from_the_file_answers_as_the_one_that_left_it(encoder_
     release = pull(str(release_dir))
     texts = [[5, 6, 7], [8, 9], [5] * 20]
     first = open_engine("openvino-fp32", release, settings)
+    (tmp_path / "file").write_text("in the way of a folder")
+    unkept = open_engine("openvino-fp32", release, dataclasses.replace(settings, state_dir=str(tmp_path / "file")))
+    assert np.array_equal(first.logits(texts), unkept.logits(texts))
     (file,) = (tmp_path / "compiled").iterdir()
     written = file.stat().st_ino
     second = open_engine("openvino-fp32", release, settings)

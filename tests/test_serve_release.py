@@ -261,6 +261,20 @@ def test_torch_serves_where_no_engine_on_the_onnx_file_does(release_dir: Path, t
     assert model.engine.name == "torch-fp32" and len(model.rejected) >= 2
 
 
+def test_a_gpu_that_cannot_have_the_model_leaves_it_to_the_onnx_file(
+    release_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is none here, so it is as if it had no room; and where a release has no weights for torch, it is not asked."""
+    monkeypatch.setattr("serve.engine.on_gpu", lambda settings: settings.engine == "auto")
+    model = load(pull(str(release_dir)), Settings(str(release_dir)))
+    assert model.engine.device == "cpu" and not model.engine.name.startswith("torch") and "torch-fp32" in model.rejected[0]
+    without = variant(release_dir, tmp_path / "r")
+    for path in without.glob("model*.safetensors*"):
+        path.unlink()
+    model = load(pull(str(without)), Settings(str(without)))
+    assert model.engine.device == "cpu" and not any("torch" in line for line in model.rejected)
+
+
 def test_the_limits_of_the_proof_can_be_set(release_dir: Path, tmp_path: Path) -> None:
     golden = json.loads((release_dir / "golden.json").read_text())
     for example in golden["examples"]:

@@ -406,8 +406,9 @@ def test_only_names_that_are_digests_show_damage(tmp_path: Path) -> None:
 # ---- engines
 
 
-def test_a_retired_model_gives_its_memory_back_at_once(release_dir: Path) -> None:
-    settings = Settings(str(release_dir), engine="onnxruntime")
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino-fp32"])
+def test_a_retired_model_gives_its_memory_back_at_once(release_dir: Path, tmp_path: Path, name: str) -> None:
+    settings = Settings(str(release_dir), engine=name, state_dir=str(tmp_path))
     model = load(pull(settings.model), settings)
     engine = weakref.ref(model.engine)
 
@@ -515,6 +516,25 @@ def test_a_broken_engine_is_replaced_once_and_then_the_process_ends(release_dir:
             assert ask() == "engine_down"
         assert serve.process.wait(20) == 70, serve.log()
         assert "the service ends" in serve.log()
+
+
+HANGING_TOKENIZER = """
+import sys, time
+from serve.text import TextTokenizer
+encode = TextTokenizer.encode
+TextTokenizer.encode = lambda self, texts: time.sleep(1000) if list(texts) == ["hang"] else encode(self, texts)
+from serve.__main__ import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_tokenizer_that_never_returns_ends_the_process(release_dir: Path, tmp_path: Path) -> None:
+    options = ("--engine", "onnxruntime", "--stall_seconds", "0.5", "--deadline_seconds", "1")
+    options = (*options, "--state_dir", tmp_path)
+    with Serve("--model", release_dir, *options, program=("-c", HANGING_TOKENIZER)) as serve:
+        assert serve.client.post("/predict", json={"text": "hang"}).json()["code"] == "too_slow"
+        assert serve.process.wait(20) == 70, serve.log()
+        assert "the tokenizer has been busy" in serve.log()
 
 
 def test_an_engine_that_cannot_be_loaded_anew_ends_the_process(release_dir: Path, tmp_path: Path) -> None:
