@@ -22,7 +22,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,7 @@ class Scale:
     names: tuple[str, ...] = tuple(CONFIGURATIONS)
 
 
-FULL, QUICK = Scale(40, 13, 400, 3), Scale(12, 6, 40, 1)
+FULL, QUICK = Scale(40, 10, 200, 3), Scale(8, 5, 40, 1)
 
 
 def main(argv: list[str]) -> int:
@@ -103,6 +104,15 @@ def main(argv: list[str]) -> int:
     return 0 if options.quick or all(row["held"] for row in results["ratios"].values()) else 1
 
 
+def share_of_peak(runs: Mapping[str, Any], name: str, device: str) -> list[float]:
+    """Computed FLOP/s, padding included, over the matrix-multiply peak of the same round, type and machine, a figure a round."""
+    devices = runs[name][0]["topology"]["world_size"] if device == "cuda" else 1
+    return [
+        run["flops_per_second_with_padding"] / (devices * peak[run["topology"]["precision"]])
+        for run, peak in zip(runs[name], runs[MATMUL], strict=True)
+    ]
+
+
 @dataclass
 class Bench:
     """Measures on one device; `runs` fills with one record a round for each configuration."""
@@ -113,9 +123,11 @@ class Bench:
     work: Path
     device: str
     runs: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    rows: dict[str, int] = field(default_factory=dict)  # of each split, before some are drawn
 
     def measure(self) -> dict[str, Any]:
         """What becomes results/bench*.json, without provenance."""
+        began = time.monotonic()
         test, lengths = self.write_test_rows(), self.count_lengths()
         variants: dict[str, Callable[[], float]] = {MATMUL: self.matmul, PLAIN: self.plain}
         variants |= {name: self.entry(name, test) for name in self.scale.names}
@@ -139,6 +151,9 @@ class Bench:
                 found = ratio(figures[above], figures[below])
                 bound = None if name == "defaults_against_plain" and not (amx and self.device == "cpu") else bound
                 ratios[name] = {**found, "bound": bound, "held": bound is None or found["median"] >= bound}
+        for name in (PLAIN, *self.scale.names):
+            for run, share in zip(self.runs[name], share_of_peak(self.runs, name, self.device), strict=True):
+                run["share_of_peak"] = share
         shares = [run["checkpoint_share"] for name, runs in self.runs.items() if "2 processes" in name for run in runs]
         if shares:
             middle = statistics.median(shares)
@@ -147,11 +162,13 @@ class Bench:
         return {
             "model": Path(self.model).name,
             "dataset": Path(self.dataset).name,
+            "dataset_rows": self.rows,
             "device": self.device,
             "interconnect": interconnect(self.device),
             "settings": {"rows_a_step": ROWS, "steps": self.scale.steps, "plain_steps": self.scale.plain_steps, "rounds": self.scale.rounds,
                          "test_rows": self.scale.test_rows, "max_length": TrainConfig.max_length},
             "lengths": lengths,
+            "minutes_in_all": round((time.monotonic() - began) / 60, 1),
             "runs": self.runs,
             "same_weights": {str(n): self.same_weights(n) for n in (1, 2) if f"raw, {n} process{'es' * (n > 1)}" in self.runs},
             "ratios": ratios,
@@ -171,6 +188,7 @@ class Bench:
             raise UserError(
                 f"--dataset {self.dataset} has the columns {', '.join(found.column_names)}: needed are text and label. Give AG News."
             )
+        self.rows[name] = len(found)
         return found.shuffle(seed=42).select(range(min(rows, len(found))))
 
     def write_test_rows(self) -> Path:
@@ -190,7 +208,9 @@ class Bench:
         return np.bincount([len(ids) for ids in encoded], minlength=longest + 1)[1:].tolist()
 
     def environment(self, processes: int) -> dict[str, str]:
-        visible = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(processes)))} if self.device == "cuda" else {}
+        seen = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        gpus = seen.split(",") if seen else [str(gpu) for gpu in range(processes)]
+        visible = {"CUDA_VISIBLE_DEVICES": ",".join(gpus[:processes])} if self.device == "cuda" else {}
         return {"TOKENIZERS_PARALLELISM": "false", **visible}
 
     def entry(self, name: str, test: Path) -> Callable[[], float]:
@@ -240,7 +260,7 @@ class Bench:
             "peak_memory_gib": [round(done["peak_memory_gib"], 3)],
             "flops_per_second": training_flops(model, done["tokens"], done["squares"]) / total,
             "flops_per_second_with_padding": training_flops(model, done["padded_tokens"], done["padded_squares"]) / total,
-            "topology": {"world_size": 1, "device": self.device, "precision": "fp32", "threads": done["threads"]},
+            "topology": {"world_size": 1, "device": self.device, "precision": "fp32", "threads": done["threads"]}, "config": done["config"],
         })  # fmt: skip
         return self.runs[PLAIN][-1]["samples_per_second"]
 

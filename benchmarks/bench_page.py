@@ -10,7 +10,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from benchmarks.bench import MATMUL, PLAIN
-from benchmarks.common import provenance_lines
+from benchmarks.common import caption, machine, provenance_lines
 
 NOT = "not measured"
 SINGLE = (PLAIN, "raw, 1 process", "Trainer, 1 process")
@@ -38,14 +38,6 @@ COLOURS = {"plain": "#9aa5b1", "raw": "#0072b2", "Trainer": "#e69f00"}  # Okabe 
 INK = "#1f2933"
 
 
-def machine(results: Mapping[str, Any]) -> str:
-    """Its name for a column: the GPUs, or the cores and the CPU."""
-    where = results["provenance"]["hardware"]
-    if where["gpus"] and results["device"] == "cuda":
-        return f"{len(where['gpus'])}x {where['gpus'][0]}"
-    return f"{where['cores']} cores of {where['cpu']}".replace("(R)", "").replace("  ", " ")
-
-
 def columns(machines: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[str, Mapping[str, Any] | None]]:
     """By label: the machine's name and its results, None for those that are awaited."""
     known: dict[str, tuple[str, Mapping[str, Any] | None]] = {label: (machine(results), results) for label, results in machines.items()}
@@ -70,7 +62,8 @@ def side_by_side(machines: Mapping[str, Mapping[str, Any]], names: Sequence[str]
 def how_to_measure(machines: Mapping[str, Mapping[str, Any]], target: str = "bench") -> list[str]:
     """A line for each machine that is awaited, with the command that measures on it."""
     awaited = [words for label, words in AWAITED.items() if label not in machines]
-    return [f'{name}: {NOT}. On such a machine: `make {target} ARGS="{options}" && make bench-report`.' for name, options in awaited]
+    how = "one run of the notebook in benchmarks/kaggle, or on such a machine"
+    return [f'{name}: {NOT}. By {how} `make {target} ARGS="{options}" && make bench-report`.' for name, options in awaited]
 
 
 def precision(results: Mapping[str, Any]) -> str:
@@ -97,15 +90,6 @@ def ratio_cell(results: Mapping[str, Any], name: str) -> str:
     return f"{number(row['median'])} ({number(row['lowest'])} to {number(row['highest'])}{bound})"
 
 
-def share_of_peak(results: Mapping[str, Any], name: str) -> list[float]:
-    """Computed FLOP/s, padding included, over the matrix-multiply peak of the same round, type and machine."""
-    runs, peaks = results["runs"][name], results["runs"][MATMUL]
-    devices = runs[0]["topology"]["world_size"] if results["device"] == "cuda" else 1
-    return [
-        run["flops_per_second_with_padding"] / (devices * peak[run["topology"]["precision"]]) for run, peak in zip(runs, peaks, strict=True)
-    ]
-
-
 def details(results: Mapping[str, Any], names: Sequence[str]) -> list[str]:
     """One machine's table: medians of the rounds."""
     lines = [
@@ -127,7 +111,7 @@ def details(results: Mapping[str, Any], names: Sequence[str]) -> list[str]:
         lines.append(
             f"| {TITLES[name]} | {middle('samples_per_second'):.1f} | {middle('tokens_per_second'):.0f} | {middle('padded_share'):.1%} | {steps} "
             f"| {f'{max(peaks):.2f}' if peaks else NOT} | {middle('flops_per_second') / 1e9:.0f} | {middle('flops_per_second_with_padding') / 1e9:.0f} "
-            f"| {statistics.median(share_of_peak(results, name)):.1%} | {', '.join(f'{score:.3f}' for score in scores) or 'not scored'} |"
+            f"| {middle('share_of_peak'):.1%} | {', '.join(f'{score:.3f}' for score in scores) or 'not scored'} |"
         )
     return lines
 
@@ -140,8 +124,8 @@ def about(results: Mapping[str, Any]) -> list[str]:
     return [
         provenance_lines(results),
         f"{settings['rounds']} round{'s' * (settings['rounds'] > 1)} in turns; an entry takes {settings['steps']} steps of {settings['rows_a_step']} rows, the plain loop "
-        f"{settings['plain_steps']}, and the first 3 of each are not counted; {results['model']} on AG News, at most {settings['max_length']} "
-        f"tokens. Ranks talk through {results['interconnect']}. Matrix-multiply peak of {where}, measured in the same rounds, to which all shares refer: {rates}.",
+        f"{settings['plain_steps']}, and the first 3 of each are not counted; {results['minutes_in_all']} minutes in all. {results['model']} on AG News "
+        f"(drawn from {results['dataset_rows']['train']:,} training rows), at most {settings['max_length']} tokens. Ranks talk through {results['interconnect']}. Matrix-multiply peak of {where}, measured in the same rounds, to which all shares refer: {rates}.",
     ]
 
 
@@ -154,7 +138,7 @@ def plot(results: Mapping[str, Any], names: Sequence[str], path: Path) -> None:
         colour = COLOURS[name.split()[0].rstrip(",")]
         for panel, values, form in (
             (left, [run["samples_per_second"] for run in results["runs"][name]], "{:.1f}"),
-            (right, [100 * share for share in share_of_peak(results, name)], "{:.1f}%"),
+            (right, [100 * run["share_of_peak"] for run in results["runs"][name]], "{:.1f}%"),
         ):
             panel.barh(i, statistics.median(values), height=0.62, color=colour, alpha=0.85)
             panel.plot(values, [i] * len(values), "o", color=INK, markersize=3)
@@ -177,4 +161,5 @@ def plot(results: Mapping[str, Any], names: Sequence[str], path: Path) -> None:
         f"{results['model']} on AG News, {settings['rows_a_step']} rows a step, {machine(results)}, {results['date'][:10]}: "
         f"median and each round", fontsize=9, color=INK,
     )  # fmt: skip
+    caption(figure, results)
     figure.savefig(path, dpi=150, facecolor="white", metadata={"Software": None})

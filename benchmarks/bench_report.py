@@ -17,9 +17,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from benchmarks.bench_page import DOUBLE, NOT, RATIOS, SINGLE, about, details, how_to_measure, machine, plot, side_by_side
-from benchmarks.common import RESULTS, ROOT, named
+from benchmarks.bench_page import DOUBLE, NOT, RATIOS, SINGLE, about, details, how_to_measure, plot, side_by_side
+from benchmarks.common import RESULTS, ROOT, machine, named
 from benchmarks.gpu_step import section as gpu_section
+from benchmarks.serving import page as serving
 from pipeline.errors import UserError, run_entry
 
 README = ROOT / "README.md"
@@ -41,6 +42,8 @@ def main(argv: list[str]) -> int:
     for name, text in pages(found).items():
         (folder / name).write_text(text, encoding="utf-8")
     pictures(found, folder)
+    if "bench_serve" in found:
+        (folder / "bench_serve.md").write_text(serving.page(found["bench_serve"]), encoding="utf-8")
     README.write_text(with_results(README.read_text(encoding="utf-8"), found), encoding="utf-8")
     print(f"written: {', '.join(pages(found))} in {folder}, and the results in {README.name}")
     return 0
@@ -85,7 +88,7 @@ def single_gpu(found: Mapping[str, dict[str, Any]]) -> str:
         "A run writes the same figures under `speed` in its `run.json`. FLOP/s: 6 x matrix parameters x tokens + 12 x layers x width x squared lengths "
         "(Chowdhery et al. 2022, PaLM, appendix B), embedding tables left out, once for the tokens of the texts and once for all that were "
         "computed; the peak is a large matrix product in the same type. Padding: share of the computed tokens that are none. A step's time is "
-        "that between the ends of steps. The accuracy is that of so few steps at learning rate 2e-4: to compare entries, not to admire.",
+        "that between the ends of steps (a GPU is not waited for at each, so there only their sum is exact). The accuracy is that of so few steps at learning rate 2e-4: to compare entries, not to admire.",
         "",
         *gpu_section(found.get("gpu_step")),
     ]
@@ -124,6 +127,8 @@ def pictures(found: Mapping[str, dict[str, Any]], folder: Path) -> None:
     for label, results in machines(found).items():
         plot(results, SINGLE, folder / f"{named('single_gpu', label)}.png")
         plot(results, DOUBLE, folder / f"{named('ddp_2gpu', label)}.png")
+    if "bench_serve" in found:
+        serving.plot(found["bench_serve"], folder / serving.PICTURE)
     for name, (module, _) in SECTIONS.items():
         for label, results in labelled(found, name).items():
             import_module(module).plot(results, folder / f"{named(name, label)}.png")

@@ -69,12 +69,14 @@ def main(argv: list[str]) -> int:
             warmup=0.5 if options.quick else 1.5, starts=1 if options.quick else 5, concurrency=[1, 32] if options.quick else [1, 8, 32, 128],
             requests=options.requests, overload_seconds=2 * seconds if options.quick else 20.0,
         )  # fmt: skip
-        texts = write_texts(options.dataset, bench.texts)
+        known = set(json.loads((model / "config.json").read_text(encoding="utf-8"))["id2label"].values())
+        texts = write_texts(options.dataset, bench.texts, known)
         for name in parts or DEFAULT_PARTS:
             chosen = [server for server in PART_SERVERS[name] if not servers or server in servers]
             results = run_part(
-                bench, name, chosen, {"model": model_name(options.model), "dataset": Path(options.dataset).name, "texts": texts}, out
-            )
+                bench, name, chosen,
+                {"model": model_name(options.model), "trained_from": trained_from(model), "dataset": Path(options.dataset).name, "texts": texts}, out,
+            )  # fmt: skip
     found = targets(results)
     print((out / f"{NAME}.md").read_text(encoding="utf-8"))
     return 1 if any(target.held is False for target in found) else 0
@@ -146,15 +148,24 @@ def model_name(given: str) -> str:
     return "/".join(path.resolve().parts[-2:]) if path.is_dir() else given
 
 
-def write_texts(dataset: str, path: Path) -> int:
-    """The test split as JSON lines of text and label name; returns how many different ones."""
+def trained_from(release: Path) -> dict[str, str] | None:
+    """Encoder and training data by the release's own run.json, folders by their last name; None where it has none."""
+    try:
+        config = json.loads((release / "run.json").read_text(encoding="utf-8"))["config"]
+    except (OSError, ValueError, KeyError):
+        return None
+    return {name: Path(config[name]).name for name in ("model", "dataset")}
+
+
+def write_texts(dataset: str, path: Path, known: set[str]) -> int:
+    """The test split as JSON lines of text and label name, null for a label that the release does not have; returns how many texts."""
     from datasets import load_dataset
 
     rows = load_dataset(dataset, split="test")
     if not {"text", "label"} <= set(rows.column_names):
         raise UserError(f"--dataset {dataset} has the columns {', '.join(rows.column_names)}: needed are text and label. Give AG News.")
     names = getattr(rows.features["label"], "names", None)
-    texts = {row["text"]: names[row["label"]] if names else None for row in rows}
+    texts = {row["text"]: names[row["label"]] if names and names[row["label"]] in known else None for row in rows}
     path.write_text("".join(json.dumps({"text": text, "label": label}) + "\n" for text, label in texts.items()), encoding="utf-8")
     return len(texts)
 

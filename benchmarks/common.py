@@ -161,6 +161,19 @@ def write_results(name: str, results: Mapping[str, Any], folder: Path | None = N
     return path
 
 
+def machine(results: Mapping[str, Any]) -> str:
+    """The hardware in a few words: GPUs where there are any, else the cores and their CPU."""
+    where = results["provenance"]["hardware"]
+    gpus = f"{len(where['gpus'])}x {where['gpus'][0]}" if where["gpus"] else ""
+    return gpus or f"{where['cores']} cores of {where['cpu']}".replace("(R)", "").replace("  ", " ")
+
+
+def caption(figure: Any, results: Mapping[str, Any]) -> None:
+    """Below a picture, what a reader who meets it alone has to know: hardware, date and command."""
+    words = f"{machine(results)}, {results['date'][:10]}: {results['provenance']['command']}"
+    figure.supxlabel(words, fontsize=7, color="#7b8794", x=0.99, ha="right")
+
+
 def provenance_lines(results: Mapping[str, Any]) -> str:
     """Two lines for a page: what measured, when, on what, with which versions."""
     where, versions = results["provenance"]["hardware"], results["provenance"]["versions"]

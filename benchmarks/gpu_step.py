@@ -118,6 +118,12 @@ class Step:
             raise UserError(f"not even {sizes[0]} rows fit into the GPU's memory. Give smaller --rows.")
         best = max(sweep, key=lambda row: row["share_of_peak"])
         rows, forward = best["rows"], ways[best["compiled"]]
+        padding = {}
+        for how in ("to 128", "to the longest of a random batch", "grouped"):
+            try:
+                padding[how] = self.timed(forward, self.batches(rows, how))
+            except torch.OutOfMemoryError:  # padded further, the same rows need more
+                print(f"{rows} rows padded {how} do not fit into the GPU's memory: left out", file=sys.stderr)
         return {
             "device": self.device,
             "precision": self.precision,
@@ -126,9 +132,7 @@ class Step:
             "steps": self.steps,
             "sweep": sweep,
             "best": {"rows": rows, "compiled": best["compiled"]},
-            "padding": {
-                how: self.timed(forward, self.batches(rows, how)) for how in ("to 128", "to the longest of a random batch", "grouped")
-            },
+            "padding": padding,
             "profile": self.profile(forward, self.batches(rows, "grouped")),
         }
 

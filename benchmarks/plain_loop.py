@@ -69,7 +69,8 @@ def main() -> None:
     memory = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else int(held.group(1)) / 2**20 if held else None
     done = len(seconds) * arguments.batch_size
     print(json.dumps({"rows": done, "tokens": tokens, "squares": squares, "padded_tokens": done * arguments.max_length, "padded_squares": done * arguments.max_length**2,
-                      "step_seconds": seconds, "peak_memory_gib": memory, "threads": torch.get_num_threads()}))  # fmt: skip
+                      "step_seconds": seconds, "peak_memory_gib": memory, "threads": torch.get_num_threads(),
+                      "config": {"batch_size": arguments.batch_size, "max_length": arguments.max_length, "learning_rate": 2e-5, "weight_decay": 0.01}}))  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import named, provenance_lines
+from benchmarks.common import caption, named, provenance_lines
 from benchmarks.explain.page import label
 
 
@@ -18,10 +18,11 @@ def sentence(results: Mapping[str, Any]) -> str:
     """The headline: what the fastest and a common link would leave of 64 ranks, and how far off the check was."""
     curve, last = results["curves"][-1], results["ranks"][-1]
     left = ", ".join(f"{curve['efficiency'][name][-1]:.0%} over {name}" for name in ("NVLink 3 (A100)", "100 Gb/s Ethernet"))
-    checked = results["held_out"][-1]
+    checked, informed = results["held_out"]
     return (
         f"Predicted for {last} ranks {curve['faster']:g} times as fast as the one measured, {curve['rows']:g} rows each: an efficiency of {left}; "
-        f"checked at {results['measured']['ranks']} ranks here: {checked['predicted']:.2f}x predicted, {checked['measured']:.2f}x measured."
+        f"checked at {results['measured']['ranks']} ranks here: {checked['predicted']:.2f}x predicted, {checked['measured']:.2f}x measured; "
+        f"knowing how the ranks slow each other down, {informed['predicted']:.2f}x."
     )
 
 
@@ -33,7 +34,7 @@ def section(results: Mapping[str, Any], machine: str = "") -> str:
     lines = [
         f"## More ranks: predictions{f', from {machine}' * bool(machine)}",
         "",
-        f"**Predictions**, but for the crosses. They are made from parts that were measured at 1 and {ranks} ranks. {provenance_lines(source)} "
+        f"**Predictions**, but for the crosses (that of fixed rows a rank: one rank's parts over a measured step of both). They are made from parts that were measured at 1 and {ranks} ranks. {provenance_lines(source)} "
         f"`python -m benchmarks.scaling` has the formula. What goes into it: {model['per_row'] * 1e3:.2f} ms a row, "
         f"{model['fixed'] * 1e3:.1f} ms a batch and {model['once'] * 1e3:.1f} ms a step; {sum(model['buckets']) / 1e6:.0f} MB of gradients, "
         f"{model['buckets'][-1] / 1e6:.0f} MB of them in the last bucket; of the other buckets {_hidden(model['hidden'])}; "
@@ -105,5 +106,6 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
         panel.set_ylabel("efficiency")
     figure.suptitle("Predicted efficiency of a rank (crosses: measured)", fontweight="bold", x=0.01, ha="left")
     figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    caption(figure, results)
     figure.savefig(path, dpi=120, metadata={"Software": None})
     pyplot.close(figure)

@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import ROOT, Launch, provenance, run_all, write_results
+from benchmarks.common import ROOT, Launch, caption, provenance, run_all, write_results
 from pipeline.assets import fetch
 from pipeline.errors import run_entry
 
@@ -30,8 +30,7 @@ def main(argv: list[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="shards-") as folder:
         record, steps = run(Path(folder))
     results = {"processes": PROCESSES, "global_batch": GLOBAL_BATCH, "steps_per_epoch": record["steps"] // EPOCHS, "steps": steps}
-    write_results("shards", results | {"once": once(results)})
-    draw(results, PICTURE)
+    draw(json.loads(write_results("shards", results | {"once": once(results)}).read_text(encoding="utf-8")), PICTURE)
     print(f"every row at most once an epoch: {'yes' if once(results) else 'NO'}; {PICTURE.relative_to(ROOT)}")
     return 0 if once(results) else 1
 
@@ -78,6 +77,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     )
     axis.legend(loc="upper left", frameon=False)
     axis.spines[["top", "right"]].set_visible(False)
+    caption(figure, results)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110, metadata={"Software": None})
     plt.close(figure)

@@ -128,6 +128,11 @@ def test_both_entries_are_measured_and_learn_the_same(measured: dict[str, Any]) 
     assert measured["runs"]["plain loop"][0]["padded_share"] > raw["padded_share"], "length grouping pads less"
     ratio = trainer["samples_per_second"] / raw["samples_per_second"]
     assert measured["ratios"]["trainer_against_raw"]["median"] == pytest.approx(ratio)
+    for name, runs in measured["runs"].items():
+        if name != bench.MATMUL:
+            peak = measured["runs"][bench.MATMUL][0][runs[0]["topology"]["precision"]]
+            assert runs[0]["share_of_peak"] == pytest.approx(runs[0]["flops_per_second_with_padding"] / peak) and "config" in runs[0]
+    assert measured["minutes_in_all"] > 0 and measured["dataset_rows"]["train"] > 4000
     assert sum(measured["lengths"]) == 4000 and len(measured["lengths"]) == 128
 
 
@@ -138,7 +143,10 @@ def test_pages_are_made_of_the_results(measured: dict[str, Any], tmp_path: Path)
     rate = f"{measured['runs']['Trainer, 2 processes'][0]['samples_per_second']:.1f}"
     assert rate in pages["ddp_2gpu.md"] and rate not in pages["single_gpu.md"]
     assert "| Trainer, 1 process, samples/s | not measured | not measured |" in pages["single_gpu.md"]
-    assert "2x T4 (Kaggle): not measured. On such a machine: `make bench ARGS=" in pages["ddp_2gpu.md"]
+    assert (
+        "2x T4 (Kaggle): not measured. By one run of the notebook in benchmarks/kaggle, or on such a machine `make bench ARGS="
+        in pages["ddp_2gpu.md"]
+    )
     assert "Not measured: `python -m benchmarks.gpu_step`" in pages["single_gpu.md"]
     gpus = {**measured["provenance"]["hardware"], "gpus": ["Tesla T4", "Tesla T4"]}
     t4 = {**measured, "device": "cuda", "provenance": {**measured["provenance"], "hardware": gpus}}

@@ -1,4 +1,4 @@
-"""The pages under benchmarks/ are those that their programs make of the measured JSON, and every bound in them is held."""
+"""The pages under benchmarks/ are those that their programs make of the measured JSON, and say of every bound whether it was held."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from launching import ROOT
 
 from benchmarks import bench_report, crash_test
 from benchmarks.common import RESULTS
+from benchmarks.explain import page as explain_page
+from benchmarks.explain.__main__ import holds
+from benchmarks.serving import page as serving_page
 
 
 def results(name: str) -> dict[str, Any]:
@@ -37,9 +40,16 @@ def test_every_picture_of_the_report_is_there() -> None:
             assert (ROOT / "benchmarks" / picture).is_file(), f"{name} shows {picture}"
 
 
-def test_what_was_measured_holds() -> None:
+def test_what_was_measured_says_whether_it_holds() -> None:
     crash = results("crash_test")
     assert crash["passed"] and crash["kills"] >= 25 and crash["inside_a_write"] >= 3
     for name, row in results("bench")["ratios"].items():
         within = row["bound"] is None or (row["median"] <= row["bound"] if name == "checkpoint_share" else row["median"] >= row["bound"])
         assert row["held"] == within, (name, row)  # a slow hour of a machine is told, not hidden
+    for label, explained in bench_report.labelled(bench_report.load(RESULTS), "explain").items():
+        assert explained["held"] == holds(explained)
+        assert ("NOT held" in explain_page.section(explained, label)) != explained["held"]
+
+
+def test_the_page_of_serving_is_that_of_the_results() -> None:
+    assert (ROOT / "benchmarks" / "bench_serve.md").read_text(encoding="utf-8") == serving_page.page(results("bench_serve"))

@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 
+from benchmarks.common import provenance
 from benchmarks.explain import page, timeline
 from benchmarks.explain.__main__ import main
-from benchmarks.explain.measure import Launch, launched
-from benchmarks.explain.parts import PARTS, account, losses
+from benchmarks.explain.measure import LINK_BYTES, REMEDIES, Launch, launched
+from benchmarks.explain.parts import PARTS, account, losses, remedies
+from benchmarks.scaling import Link
 from pipeline.errors import UserError
 
 STEPS, ROUNDS = 2, 3
@@ -87,7 +89,7 @@ def test_the_timeline_shows_every_gradient_under_backward(launch: Launch, tmp_pa
         reduces = [span for span in spans if span[0] == "all-reduce"]
         assert sum(span[3] for span in reduces) == about["gradient_bytes"]
         assert all(backward[1] < begin < end <= backward[2] for _, begin, end, _ in reduces)
-    timeline.plot({"ranks": ranks}, tmp_path / "timeline.png")
+    timeline.plot({"ranks": ranks, **provenance()}, tmp_path / "timeline.png")
     assert (tmp_path / "timeline.png").stat().st_size > 10_000
 
 
@@ -109,6 +111,20 @@ def test_losses_and_efficiency_make_a_whole() -> None:
     assert lost["optimizer"] * many["step"] == pytest.approx(0.05) and lost["small_batch"] * many["step"] == pytest.approx(0.02)
     results = {"accounts": {"many": {"about": {"processes": 2}}}, "losses": lost, "speedup": {"measured": {"median": 1 / many["step"]}}}
     assert page.sentence(results).startswith("1.45x of 2: 7% the ranks slowing each other down, 7% the optimizer")
+
+
+@pytest.mark.parametrize("talking", [-0.04, 0.05, 0.3])
+def test_what_changes_nothing_is_predicted_to_change_nothing(talking: float) -> None:
+    """Whatever the all-reduce was found to cost: less than nothing, as differences of measurements can come out, or a lot."""
+    link, buckets = Link(latency=2e-4, bandwidth=1.2e9), [3_000_000, 28_000_000, 60_000_000]
+    step = {"forward": 0.2, "backward": 0.3, "optimizer": 0.1}
+    turns = {f"many/{name}": [[[step] * 4] * 2] * 3 for name in ("together", *REMEDIES)}
+    turns |= {f"many/link {dtype}": [[[link.all_reduce(size, 2) for size in LINK_BYTES]] * 2] * 3 for dtype in ("float32", "float16")}
+    raw = {"turns": turns, "buckets": dict.fromkeys(("5", "25", "100"), buckets)}
+    rows = {row["remedy"]: row for row in remedies(raw, {"communication": 0.01}, {"communication": 0.01 + talking}, 2)}
+    for name in ("larger buckets", "smaller buckets", "static graph"):
+        assert rows[name]["predicted"] == pytest.approx(0) and rows[name]["measured"]["median"] == pytest.approx(0) and rows[name]["right"]
+    assert rows["fp16 hook"]["predicted"] > 0, "half of the bytes over a link that is as fast"
 
 
 @pytest.mark.parametrize(("option", "value"), [("--steps", "3"), ("--processes", "1"), ("--rounds", "0")])

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from benchmarks import scaling_page
+from benchmarks.common import provenance
 from benchmarks.scaling import LINKS, RANKS, Link, exposed, fit_link, hidden_share, largest_of, predict
 
 BUCKETS = [3_000_000, 28_000_000, 60_000_000]
@@ -82,5 +83,5 @@ def test_the_page_says_that_it_predicts(tmp_path: Path) -> None:
     results = predict(explained(0.5), faster=100)
     text = scaling_page.section(results)
     assert text.startswith("## More ranks: predictions") and "**Predictions**" in text and "which nobody measured" in text
-    scaling_page.plot(results, tmp_path / "scaling.png")
+    scaling_page.plot(results | provenance(), tmp_path / "scaling.png")
     assert (tmp_path / "scaling.png").stat().st_size > 20_000

@@ -42,7 +42,6 @@ from pipeline.errors import UserError, run_entry
 
 ROWS = 1632  # training rows: 51 global batches of 32, the sampler's window for grouping by length, so the first steps are like any
 TIMELINE = ROOT / "docs" / "images" / "timeline.png"
-ADDS_UP_WITHIN, PREDICTS_WITHIN = 0.03, 0.05
 
 
 def main(argv: list[str]) -> int:
@@ -83,14 +82,15 @@ def main(argv: list[str]) -> int:
             return 0
         raw = measure([*options, "--device", given.device], given.processes, given.device, given.rounds, given.steps, Path(folder))
     found = explain(raw)
-    path = write_results(name, {"model": Path(model).name, "dataset": "ag_news", "sentence": page.sentence(found), **found})
+    about = {"model": Path(model).name, "dataset": Path(given.dataset).name, "held": holds(found), "sentence": page.sentence(found)}
+    path = write_results(name, about | found)
     results = json.loads(path.read_text(encoding="utf-8"))
     page.plot(results, RESULTS.parent / f"{name}.png")
     print(page.section(results, given.label))
     if raw["timeline"] and not given.label:
         draw(raw["about"]["many"] | {"model": Path(model).name}, raw["timeline"])
     scaling.main(["--label", given.label])
-    return 0 if holds(results) else 1
+    return 0 if results["held"] else 1
 
 
 def draw(about: Mapping[str, Any], steps: Any) -> None:
@@ -104,7 +104,7 @@ def holds(results: Mapping[str, Any]) -> bool:
     accounts = (results["accounts"]["one"], results["accounts"]["many"])
     off = [abs(sum(account[part] for part in PARTS) / account["step"] - 1) for account in accounts]
     speedup = results["speedup"]
-    return max(off) <= ADDS_UP_WITHIN and abs(speedup["predicted"] - speedup["measured"]["median"]) <= PREDICTS_WITHIN
+    return max(off) <= page.ADDS_UP_WITHIN and abs(speedup["predicted"] - speedup["measured"]["median"]) <= page.PREDICTS_WITHIN
 
 
 if __name__ == "__main__":

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import named, provenance_lines
+from benchmarks.common import caption, named, provenance_lines
 from benchmarks.explain.parts import OWN, PARTS
 
 WORTH_SAYING = 0.005
+ADDS_UP_WITHIN, PREDICTS_WITHIN = 0.03, 0.05  # of a step; of the speed-up
 TITLES = {
     "data": "data", "to_device": "to the device", "forward": "forward", "backward": "backward", "optimizer": "clipping and optimizer",
     "contention": "contention", "straggler": "waiting for the slower rank", "communication": "all-reduce not hidden, bucket copies", "rest": "everything else",
@@ -48,11 +49,11 @@ def section(results: Mapping[str, Any], machine: str = "") -> str:
     accounts, ranks = results["accounts"], results["accounts"]["many"]["about"]["processes"]
     many, batch = accounts["many"], accounts["many"]["about"]["batch"]
     parts_sum, speedup = sum(many[part] for part in PARTS) / many["step"], results["speedup"]
-    measured = speedup["measured"]
+    measured, held = speedup["measured"], results["held"]
     lines = [
         f"## Where the missing speed-up went{f', on {machine}' * bool(machine)}",
         "",
-        f"{provenance_lines(results)} {results['model']}, {batch['global']} rows a step ({batch['per_device']} a rank), "
+        f"{provenance_lines(results)} {results['model']} on {results['dataset']}, {batch['global']} rows a step ({batch['per_device']} a rank), "
         f"{many['about']['precision']}, backend {many['about']['backend']}; {results['rounds']} rounds in turns over the same "
         f"{results['steps']} steps.",
         "",
@@ -61,7 +62,8 @@ def section(results: Mapping[str, Any], machine: str = "") -> str:
         f"Shares are of the step of {label(many['about'])}, against {label(accounts['one']['about'])}: each rank has the same "
         f"{'threads' if many['about']['device'] == 'cpu' else 'device'} in both, as with one GPU and several. Measured by the training script's own "
         f"loop: {measured['median']:.2f}x (rounds: {measured['lowest']:.2f} to {measured['highest']:.2f}); from the parts: {speedup['predicted']:.2f}x. "
-        f"The parts add up to {parts_sum:.1%} of the step that loop takes.",
+        f"The parts add up to {parts_sum:.1%} of the step that loop takes. Accepted: within {ADDS_UP_WITHIN:.0%} of a step, and a speed-up from "
+        f"the parts within {PREDICTS_WITHIN} of the measured one{'' if held else '; NOT held, for the machine was not quiet: measure again'}.",
     ]
     if all_cores := results["speedup_all_cores"]:
         lines += [
@@ -108,7 +110,9 @@ def _lost_table(results: Mapping[str, Any]) -> list[str]:
 def _remedies(results: Mapping[str, Any]) -> list[str]:
     best = max(results["remedies"], key=lambda row: row["measured"]["median"])
     helps = best["measured"]["median"] > 0 and best["measured"]["lowest"] > 0
-    verdict = (
+    expected = max(results["remedies"], key=lambda row: row["predicted"])
+    verdict = f"Most was expected of {expected['remedy']}: {expected['predicted']:+.1%}. "
+    verdict += (
         f"What helps most is {best['remedy']}: {best['measured']['median']:+.1%}." if helps else "None of these helps beyond doubt here."
     )
     lines = [
@@ -201,6 +205,7 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
         panel.spines[["top", "right"]].set_visible(False)
         panel.grid(axis="x", alpha=0.25)
         panel.set_axisbelow(True)
+    caption(figure, results)
     # No time of making in the file: the same results give the same picture.
     figure.savefig(path, dpi=120, metadata={"Software": None})
     pyplot.close(figure)

@@ -92,8 +92,8 @@ def remedies(raw: Mapping[str, Any], one: Mapping[str, float], many: Mapping[str
     """
     turns, buckets = raw["turns"], raw["buckets"]
     link, halves = (fit_link(LINK_BYTES, link_seconds(turns, dtype), ranks) for dtype in ("float32", "float16"))
-    now = many["communication"] - one["communication"]  # the copies into buckets stay
-    hidden = hidden_share(link, buckets["25"], ranks, now)
+    hidden = hidden_share(link, buckets["25"], ranks, many["communication"] - one["communication"])  # the copies into buckets stay
+    now = exposed(link, buckets["25"], ranks, hidden)  # by the same model, so that no change is predicted to change nothing
     base = seconds(turns["many/together"])
     step = typical(base)
     saved = {

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import provenance_lines
+from benchmarks.common import caption, provenance_lines
 from benchmarks.serving.servers import SERVERS
 from benchmarks.serving.targets import Target, growth, targets
 
@@ -39,9 +39,14 @@ def _where(part: Mapping[str, Any]) -> str:
     engines = "; ".join(f"{SERVERS[name].title}: {about['engine']} {about['precision']}" for name, about in part["engines"].items())
     left_out = "".join(f" Left out: {SERVERS[name].title} ({reason})." for name, reason in part["left_out"].items())
     return (
-        f"{provenance_lines(part)} Load average before: {part['load_before']:.1f}. Model: {part['model']}, {part['texts']:,} texts of "
+        f"{provenance_lines(part)} Load average before: {part['load_before']:.1f}. Model: {part['model']}{_encoder(part)}, {part['texts']:,} texts of "
         f"{part['dataset']}.{f' Engines: {engines}.' if engines else ''}{f' Peers: {peers}.' if peers else ''}{left_out}"
     )
+
+
+def _encoder(part: Mapping[str, Any]) -> str:
+    trained = part.get("trained_from")
+    return f" ({trained['model']}, trained on {trained['dataset']})" if trained else ""
 
 
 def _rows(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -198,5 +203,6 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
     panels[0].set_ylim(bottom=0)
     panels[1].set_yscale("log")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
-    figure.savefig(path, dpi=120)
+    caption(figure, part)
+    figure.savefig(path, dpi=120, metadata={"Software": None})
     pyplot.close(figure)
