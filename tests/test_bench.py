@@ -151,7 +151,7 @@ def test_pages_are_made_of_the_results(measured: dict[str, Any], tmp_path: Path)
     gpus = {**measured["provenance"]["hardware"], "gpus": ["Tesla T4", "Tesla T4"]}
     t4 = {**measured, "device": "cuda", "provenance": {**measured["provenance"], "hardware": gpus}}
     both = bench_report.pages(found | {"bench-t4x2": t4})
-    assert "## 2x Tesla T4" in both["ddp_2gpu.md"] and "(Kaggle)" not in both["ddp_2gpu.md"]
+    assert "## 2x Tesla T4" in both["ddp_2gpu.md"] and "(Kaggle)" not in both["single_gpu.md"]
     bench_report.pictures(found | {"bench-t4x2": t4}, tmp_path)
     names = {"single_gpu.png", "single_gpu-t4x2.png", "ddp_2gpu.png", "ddp_2gpu-t4x2.png"}
     assert {path.name for path in tmp_path.iterdir() if path.stat().st_size > 10_000} == names

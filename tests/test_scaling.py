@@ -28,7 +28,7 @@ def explained(hidden: float, contention: float = 0.0) -> dict[str, Any]:
         compute = 0.02 + 0.005 * rows
         parts = {"data": 0.001, "to_device": 0.0, "forward": compute - 0.101, "backward": 0.1, "optimizer": 0.03, "straggler": 0.0,
                  "contention": contention * (ranks - 1), "communication": 0.01 + (exposed(GLOO, BUCKETS, ranks, hidden) if ranks > 1 else 0)}  # fmt: skip
-        return {"about": about, **parts, "step": sum(parts.values())}
+        return {"about": about, **parts, "rest": 0.0, "step": sum(parts.values())}
 
     one, many = account(1, 32), account(2, 16)
     sizes = [2**k for k in range(12, 27, 2)]
