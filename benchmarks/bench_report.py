@@ -217,6 +217,10 @@ def _rehearsal(results: Mapping[str, Any]) -> str:
     return f"{results['installed_mib']:.0f} MiB installed, open after {results['open_seconds']:.1f} s, {results['peak_mib']:.0f} MiB at its peak"
 
 
+def _page_start(results: Mapping[str, Any]) -> str:
+    return f"first answer {results['first_seconds']['median']:.1f} s after opening the page with files at hand, a further one {results['further_seconds']['median']:.2f} s"
+
+
 def _own(key: str) -> Callable[[Mapping[str, Any]], str]:
     """A headline that the program itself has put into its results."""
     return lambda results: str(results.get(key, ""))
@@ -251,6 +255,12 @@ HEADLINES: dict[str, tuple[str, str, str, Callable[[Mapping[str, Any]], str]]] =
         "The Docker Space's own steps, carried out here",
         "python -m pipeline.deploy.rehearse --results",
         _rehearsal,
+    ),
+    "page_start": (
+        "../docs/deploy.md#a-free-space-the-model-in-the-visitors-browser",
+        "The page in the visitor's browser",
+        "python -m benchmarks.page_start --model FOLDER",
+        _page_start,
     ),
     "parity": ("parity.md", "The same result, whoever computes it", "make parity", _parity),
     "crash_test": ("crash_test.md", "Killed and started again", "make crash-test", _crash),

@@ -118,7 +118,7 @@ def model_card(
     base_id, dataset_id = hub_id(base), hub_id(dataset)
     language = record["data"].get("language") or LANGUAGES.get(str(dataset_id))
     record = without_local_paths(record)
-    repo, example = repo or PLACEHOLDER, example or "Put a text of your own here."
+    repo, example, code = repo or PLACEHOLDER, example or "Put a text of your own here.", record.get("code") or {}
     data = ModelCardData(
         language=language,
         license=licences[0] if re.fullmatch(r"[a-z0-9.+-]+", licences[0] or "") else None,  # the Hub refuses what is no licence's id
@@ -147,6 +147,7 @@ def model_card(
         pictures=pictures,
         python_text=json.dumps(example, ensure_ascii=False),
         shell_body=shlex.quote(json.dumps({"text": example}, ensure_ascii=False)),
+        checkout=f"a checkout of [the training code]({code['origin']})" if code.get("origin") else "a checkout of the training code",
         test_rows=f"Split `{record['config']['test_split']}` of `{dataset_id or _short(dataset)}`"
         + (f" at revision `{record['data']['revision']}`." if record["data"].get("revision") else "."),
         result_rows=result_rows(record["test"]),

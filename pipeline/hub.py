@@ -13,7 +13,7 @@ import argparse
 import contextlib
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -76,9 +76,9 @@ def check_before_training(config: TrainConfig, api: HfApi | None = None) -> None
             raise
         begun = bool(config.output_dir and whole(config.output_dir))
         if not begun and config.push_to_hub:
-            raise UserError(
-                line if refused else f"{line} Train without --push_to_hub and publish later with `python -m pipeline.hub`."
-            ) from error
+            run = config.output_dir or "outputs/NAME"
+            later = f" Train without --push_to_hub and publish later: make push RUN={run} REPO={config.hub_repo}"
+            raise UserError(line if refused else line + later) from error
         if not begun and (refused or config.resume == "auto"):
             unknown = (
                 " Whether the Hub has a checkpoint to go on from is not known: run it again later, or with --resume none to start anew."
@@ -113,7 +113,7 @@ def publish(
     files = _release_files(folder, repo)
     if tag is not None:
         _check_tag_name(tag)
-    kept = f"Nothing is lost: the release stays in {folder}; run `python -m pipeline.hub --run {folder.parent} --repo {repo}` again then."
+    kept = f"Nothing is lost: the release stays in {folder}; run `make push RUN={folder.parent} REPO={repo}` again then."
     with advice(api, repo, kept):
         check_write_access(repo, api)
         _refuse_foreign_model(repo, api)
@@ -123,18 +123,21 @@ def publish(
         refs = api.list_repo_refs(repo)
         tags = {ref.name: ref.target_commit for ref in refs.tags}
         branches = {ref.name: ref.target_commit for ref in refs.branches}
+        next_tag = _next_tag([*tags, *branches])
         if tag in branches:
-            raise UserError(f"'{tag}' is a branch of {repo}; a tag of the same name would be ambiguous. Choose another, for example v1.")
+            raise UserError(
+                f"'{tag}' is a branch of {repo}; a tag of the same name would be ambiguous. Choose another, for example {next_tag}."
+            )
         if tag in tags and not _holds(api, repo, tags[tag], files):
             raise UserError(
                 f"The tag '{tag}' of {repo} belongs to another release. Taken are {', '.join(sorted(tags))}; choose another, or leave "
-                f"--tag out for {_next_tag(tags)}."
+                f"--tag out for {next_tag}."
             )
         if tag in tags:
             commit = tags[tag]
         else:
             commit = _commit(api, repo, branches.get("main"), files, message or f"Release of {folder.parent.name}")
-            tag = tag or next((name for name, at in tags.items() if at == commit and re.fullmatch(r"v\d+", name)), None) or _next_tag(tags)
+            tag = tag or next((name for name, at in tags.items() if at == commit and re.fullmatch(r"v\d+", name)), None) or next_tag
         fresh = tag not in tags
         if fresh:
             api.create_tag(repo, tag=tag, revision=commit)
@@ -210,8 +213,8 @@ def _stale(api: HfApi, repo: str, commit: str, files: Mapping[str, Any]) -> list
     return [entry.path for entry in api.get_paths_info(repo, [name for name in SUPERSEDED if name not in files], revision=commit)]
 
 
-def _next_tag(tags: Mapping[str, str]) -> str:
-    numbers = [int(name[1:]) for name in tags if re.fullmatch(r"v\d+", name)]
+def _next_tag(taken: Iterable[str]) -> str:
+    numbers = [int(name[1:]) for name in taken if re.fullmatch(r"v\d+", name)]
     return f"v{max(numbers, default=0) + 1}"
 
 

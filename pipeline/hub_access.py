@@ -143,5 +143,5 @@ def _advice_line(error: Exception, api: HfApi, repo: str) -> str | None:
     if line := explain(error):
         return line
     if isinstance(error, ValueError) and "README.md" in str(error):
-        return f"The Hub refuses the model card: {error!s} Correct README.md in the release folder."
+        return f"The Hub refuses the model card: {' '.join(str(error).split())}. Correct README.md in the release folder."
     return None

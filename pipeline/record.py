@@ -30,6 +30,7 @@ from pipeline import energy
 from pipeline.config import TrainConfig
 from pipeline.topology import BatchPlan, Topology, allowed_cores
 
+ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = (
     "torch", "transformers", "accelerate", "datasets", "evaluate", "huggingface_hub", "tokenizers", "numpy", "onnx", "onnxruntime", "openvino",
 )  # fmt: skip
@@ -270,9 +271,15 @@ def _version(package: str) -> str | None:
         return None
 
 
-def code_version() -> dict[str, Any]:
-    """Commit of this code and whether files were changed since; both None outside a git checkout."""
-    root = Path(__file__).resolve().parent.parent
+def https_address(remote: str) -> str | None:
+    """A git remote's https address, without user, password or token; None for a path on this machine or another protocol."""
+    address = re.sub(r"^(?:ssh://git@([^/:]+\.[^/:]+)(?::\d+)?/|git@([^/:]+\.[^/:]+):)", r"https://\1\2/", remote)
+    found = re.fullmatch(r"https://(?:[^/\s]*@)?([\w.-]+(?::\d+)?/[^\s?#()<>]+)", address)
+    return f"https://{found[1]}" if found else None
+
+
+def code_version(root: Path = ROOT) -> dict[str, Any]:
+    """Commit of this code, whether files were changed since, and origin's https address; None what is not known, as outside a git checkout."""
 
     def git(*arguments: str) -> str | None:
         try:
@@ -282,7 +289,8 @@ def code_version() -> dict[str, Any]:
         return done.stdout.strip() if done.returncode == 0 else None
 
     commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
-    return {"commit": commit, "dirty": None if changes is None else bool(changes)}
+    dirty = None if changes is None else bool(changes)
+    return {"commit": commit, "dirty": dirty, "origin": https_address(git("remote", "get-url", "origin") or "")}
 
 
 def hardware() -> dict[str, Any]:

@@ -5,7 +5,8 @@
 
 Four things are compared: the card (its model-index and its tables) with run.json; the weights and the ONNX file with the
 golden logits; the test rows with what run.json says of them; and the figures of both engines with the card's. So what was
-changed is told apart. Exit code 0: the card is true; 1: it is not; 2: it could not be checked, and what to do.
+changed is told apart. Exit code 0: the card is true; 1: it is not; 2: it could not be checked, and what to do
+(`make verify` ends with 2 for either of the last two).
 """
 
 from __future__ import annotations

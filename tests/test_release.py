@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
 import json
+import math
+import operator
 import os
 import re
 import shutil
@@ -16,6 +20,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
+from hub_helpers import raw
 from huggingface_hub import HfApi, ModelCard
 from release_record import LABELS, run_record
 from safetensors.torch import load_file, save_file
@@ -31,6 +37,7 @@ from pipeline.export import ExportError, reference_copy
 from pipeline.hub import check_before_training, main, prove, publish
 from pipeline.local_hub.faults import Fault
 from pipeline.local_hub.process import HubProcess
+from pipeline.record import code_version
 from pipeline.release import build_release, choose_golden, golden_logits, release_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -210,10 +217,74 @@ def test_card_says_what_the_record_says(built: Path) -> None:
     assert text.count("OWNER/NAME") == 0 and (built / "README.md").read_text().count("OWNER/NAME") >= 4
     assert "\n\n\n" not in card.text and "None" not in card.text and "{{" not in card.text
 
+    assert "checkout of the training code" in card.text and "](https://git" not in card.text
+    record["code"]["origin"] = "https://git.example.org/ann/news"
+    linked = model_card(record, "user/news")
+    assert linked.count("a checkout of [the training code](https://git.example.org/ann/news)") == 2
+
     curl = re.search(r"```bash\n(curl .*?)\n```", card.text, re.DOTALL)
     assert curl
     shown = subprocess.run(["bash", "-c", curl[1].replace("curl", "printf '%s\\n'", 1)], capture_output=True, text=True, check=True).stdout
     assert json.loads(shown.splitlines()[-1]) == {"text": 'It\'s "quoted" | text'}, "the shell sees valid JSON"
+
+
+@pytest.mark.parametrize(
+    ("remote", "address"),
+    [
+        ("https://example.org/ann/news.git", "https://example.org/ann/news.git"),
+        ("https://ghp_key@example.org/ann/news.git", "https://example.org/ann/news.git"),
+        ("https://ann@example.org:k@y@example.org:8443/news", "https://example.org:8443/news"),
+        ("git@example.org:ann/news.git", "https://example.org/ann/news.git"),
+        ("ssh://git@example.org:2222/ann/news.git", "https://example.org/ann/news.git"),
+        *((remote, None) for remote in ("", "/srv/git/news.git", "file:///srv/news", "../news", "http://key@example.org/news", "https://key@/news",
+                                        "https://example.org/news?key=1", "ann@example.org:news", "git@work:ann/news")),
+    ],
+)  # fmt: skip
+def test_origin_is_recorded_without_its_key(remote: str, address: str | None, tmp_path: Path) -> None:
+    subprocess.run(["git", "init", "--quiet", str(tmp_path)], check=True, timeout=20)
+    if remote:
+        subprocess.run(["git", "-C", str(tmp_path), "remote", "add", "origin", remote], check=True, timeout=20)
+    assert code_version(tmp_path) == {"commit": None, "dirty": False, "origin": address}
+
+
+def test_the_hub_takes_the_card_and_none_that_lacks_what_it_requires(local_hub: Any, api: HfApi, release: Path) -> None:
+    def answer(head: Any) -> tuple[int, str]:
+        given = raw(local_hub, "POST", "/api/validate-yaml", body={"content": f"---\n{yaml.safe_dump(head)}---\n"})
+        return given.status, " ".join(error["message"] for error in given.json()["errors"])
+
+    text = model_card(run_record(), "user/news", licences=("apache-2.0", None))
+    head = yaml.safe_load(text.split("---\n")[1])
+    assert answer(head) == (200, "") and (head["license"], head["language"]) == ("apache-2.0", "en")
+    result = "model-index.0.results.0"
+    cases: list[tuple[str, Any]] = [
+        ("model-index.0.name", None), ("model-index.0.results", None), (f"{result}.task.type", ""), (f"{result}.dataset.type", None),
+        (f"{result}.dataset.name", 7), (f"{result}.metrics", {}), (f"{result}.metrics.1.type", None), (f"{result}.metrics.0.value", None),
+        (f"{result}.metrics.0.value", True), (f"{result}.metrics.0.value", math.nan), ("license", "Apache 2.0"), ("license", ["mit", 1.5]),
+        ("language", "English"), ("language", ["en", False]),
+    ]  # fmt: skip
+    for place, value in cases:
+        *path, last = [int(part) if part.isdigit() else part for part in place.split(".")]
+        damaged = copy.deepcopy(head)
+        part: Any = functools.reduce(operator.getitem, path, damaged)
+        if value is None:
+            del part[last]
+        else:
+            part[last] = value
+        status, said = answer(damaged)
+        assert status == 400 and place in said, (place, value, said)
+    for fine in (
+        {"license": ["mit", "openrail++"], "language": ["de", "yue", "code"]},
+        {"model-index": [{"name": "x", "results": []}]},
+        {},
+    ):
+        assert answer(fine) == (200, "")
+
+    # As it comes to a person who publishes.
+    (release / "README.md").write_text(text.replace("name: fancyzhx/ag_news", "name: ''", 1), encoding="utf-8")
+    with pytest.raises(
+        UserError, match=r"^The Hub refuses the model card: .*dataset\.name: .*Correct README\.md in the release folder\..*$"
+    ):
+        publish(release, f"{local_hub.user}/damaged-card", api=api)
 
 
 def test_card_of_local_data_names_no_hub_repositories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -305,6 +376,13 @@ def test_publish_tags_and_proves(release: Path, api: HfApi, local_hub: Any, tmp_
     assert prove(repo, "v1", api).commit == first.commit
     assert api.list_repo_commits(repo)[0].title == "Fewer examples"
 
+    # A branch of the next name: a tag of it would be ambiguous, given or not.
+    api.create_branch(repo, branch="v3")
+    (release / "golden.json").write_text(json.dumps(golden | {"examples": golden["examples"][:10]}))
+    with pytest.raises(UserError, match=r"'v3' is a branch .* Choose another, for example v4\."):
+        publish(release, repo, tag="v3", api=api)
+    assert publish(release, repo, api=api).tag == "v4"
+
 
 def test_a_tampered_release_fails_its_proof(release: Path, api: HfApi, local_hub: Any) -> None:
     repo = f"{local_hub.user}/tampered"
@@ -343,7 +421,7 @@ def test_a_race_fails_rather_than_overwrites(release: Path, api: HfApi, local_hu
         return create_commit(*arguments, **keywords)
 
     monkeypatch.setattr(api, "create_commit", somebody_is_faster)
-    with pytest.raises(UserError, match=r"Somebody else committed .* Nothing is lost: .* run `python -m pipeline.hub --run"):
+    with pytest.raises(UserError, match=r"Somebody else committed .* Nothing is lost: .* run `make push RUN="):
         publish(release, repo, api=api)
     assert api.list_repo_refs(repo).tags == [] and len(commits(api, repo)) >= 2
 
@@ -410,7 +488,9 @@ def test_a_bad_day_of_the_hub_loses_nothing(release: Path, bad_hub: HubProcess, 
         publish(release, "local/bad-day", api=api)
     bad_hub.heal()
     assert "\n" not in str(error.value) and bad_hub.hits(), fault
-    assert f"Nothing is lost: the release stays in {release}; run `python -m pipeline.hub --run" in str(error.value)
+    assert f"Nothing is lost: the release stays in {release}; run `make push RUN={release.parent} REPO=local/bad-day` again" in str(
+        error.value
+    )
     made = commits(api, "local/bad-day") if api.repo_exists("local/bad-day") else []
     again = publish(release, "local/bad-day", api=api)
     assert again.tag == "v1" and again.proof.label_agreement == 1
@@ -444,6 +524,8 @@ def test_refusals_are_one_line(release: Path, api: HfApi, local_hub: Any, monkey
                 with pytest.raises(UserError, match=re.escape(said)):
                     check_before_training(config, client)
     assert not api.repo_exists("local/x")
+    with pytest.raises(UserError, match=r"publish later: make push RUN=outputs/x REPO=local/x$"):
+        check_before_training(TrainConfig(push_to_hub=True, hub_repo="local/x", output_dir="outputs/x"), cases[-1][0])
     check_before_training(TrainConfig(push_to_hub=True, hub_repo="local/x"), api)
     check_before_training(TrainConfig(), HfApi(endpoint="http://127.0.0.1:9"))  # nothing to ask
     (release / "golden.json").unlink()

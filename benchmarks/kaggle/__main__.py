@@ -47,7 +47,7 @@ def main(argv: list[str]) -> int:
         device = "cuda" if shutil.which("nvidia-smi") else "cpu"
         values = {"WORK": str(FOLDER / "work"), "KEEP": str(FOLDER), "REPO": str(ROOT), "DEVICE": device} | values
     else:
-        values = {"REPO": own_address()} | values
+        values = {"REPO": code_version()["origin"] or ""} | values
     notebook = with_parameters(read(), values)
     if found := problems(notebook, os.environ):
         raise UserError(f"The notebook is not fit to be run: {'; '.join(found)}.")
@@ -60,20 +60,13 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def own_address() -> str:
-    """Where this checkout was cloned from, as an address that needs no key; empty where it does not know."""
-    done = subprocess.run(["git", "-C", str(ROOT), "remote", "get-url", "origin"], capture_output=True, text=True, timeout=20, check=False)
-    address = re.sub(r"^(?:ssh://)?git@([^:/]+)[:/]", r"https://\1/", done.stdout.strip())
-    return address if address.startswith("https://") else ""
-
-
 def differences(values: dict[str, Any]) -> str:
     """What will be different on Kaggle, a line each. What is said of Kaggle is from its documentation and client as of September 2026."""
     gpus = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False).stdout if shutil.which("nvidia-smi") else ""
     shape = read(METADATA)["machine_shape"]
-    commit, dirty = code_version().values()
+    here = code_version()
     code = values["REPO"] or "what address? Give --set REPO=https://..."
-    changed = ", without what is changed here and not committed" if dirty else ""
+    changed = ", without what is changed here and not committed" if here["dirty"] else ""
     secret = f"HF_TOKEN, attached under Add-ons > Secrets, with the right to write to {values['HUB_REPO']}" if values["HUB_REPO"] else \
         "none: HUB_REPO is empty, so nothing is published and a session cut off loses its checkpoints"  # fmt: skip
     rows = [
@@ -83,9 +76,13 @@ def differences(values: dict[str, Any]) -> str:
         ("torch", version("torch"), "Kaggle's own is kept: requirements-base.txt names none"),
         ("Python", platform.python_version(), "Kaggle's own; 3.11 or newer is needed"),
         ("session", "no limit", "ended after 12 h at the latest; 30 h of GPU a week (`kaggle quota` shows the rest)"),
-        ("what stays", "all", f"results and release in {values['KEEP']}, if the session came to its own end, else only what is on the Hub"),
+        (
+            "what stays",
+            "all",
+            f"results, runs and release in {values['KEEP']}, if the session came to its own end, else only what is on the Hub",
+        ),
         ("internet", "as found", "to be switched on, which needs an account verified by phone"),
-        ("code", (commit or "no git checkout")[:12], f"git clone of {code}{changed}"),
+        ("code", (here["commit"] or "no git checkout")[:12], f"git clone of {code}{changed}"),
         ("secret", "none", secret),
     ]
     return "\n".join(f"{what:<13}{here:<17}{there}" for what, here, there in rows)

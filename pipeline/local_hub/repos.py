@@ -2,42 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import re
 import time
 from typing import Any
 
-import yaml
 from starlette.responses import JSONResponse, Response
 
+from pipeline.local_hub.cards import card_data, problems
 from pipeline.local_hub.errors import HubError, bad_request, repo_not_found
 from pipeline.local_hub.git import GitRepo
 from pipeline.local_hub.spaces import runner, runtime, set_item
 from pipeline.local_hub.store import KINDS, Repository, timestamp
 from pipeline.local_hub.web import Call, route
-
-FRONT_MATTER = re.compile(r"\A\ufeff?---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
-
-
-class _PlainLoader(yaml.SafeLoader):
-    """No aliases: a few lines of them can expand to gigabytes."""
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("aliases are not allowed in a card")
-        return super().compose_node(parent, index)
-
-
-def card_data(text: str) -> dict[str, Any]:
-    """The YAML at the head of a README as JSON can hold it; empty without one. Raises ValueError when it is not valid."""
-    found = FRONT_MATTER.match(text)
-    if not found:
-        return {}
-    try:
-        data = yaml.load(found[1], Loader=_PlainLoader)
-        return dict(json.loads(json.dumps(data or {}, default=str)))
-    except (yaml.YAMLError, TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"Invalid YAML in the card: {error}") from error
 
 
 @route("GET", "/")
@@ -62,6 +37,8 @@ def validate_yaml(call: Call) -> JSONResponse:
         data = card_data(str(call.json().get("content") or ""))
     except ValueError as error:
         return JSONResponse({"errors": [{"message": str(error)}], "warnings": []}, 400)
+    if found := problems(data):
+        return JSONResponse({"errors": [{"message": line} for line in found], "warnings": []}, 400)
     warnings = [] if data else [{"message": "empty or missing yaml metadata in repo card"}]
     return JSONResponse({"errors": [], "warnings": warnings})
 
