@@ -76,7 +76,7 @@ class TrainConfig:
     dataloader_workers: int = _option(0, "Processes per rank that collate batches; 0: in the training process.")
     comm_hook: Literal["none", "fp16"] = _option("none", "fp16: all-reduce gradients as fp16, half the bytes, rounded; none: as they are.")
     bucket_mb: int = _option(25, "Gradients are all-reduced in buckets of this many MiB; 25 is torch's default (its first bucket 1).")
-    static_graph: bool = _option(False, "Promise DDP that every step uses the same parameters; it then searches for nothing after step 1.")
+    static_graph: bool = _option(False, "Promise DDP that every step uses the same parameters, as often; a step that does not is an error.")
 
     hang_seconds: int = _option(25, "A rank without progress for this long (and 5 times the longest step) ends the run; 0: never.")
 

@@ -1,4 +1,4 @@
-"""Ranks that watch each other: when one hangs or dies, the others end within a minute and say which one it was.
+"""Ranks that watch each other: when one hangs or dies, the others end and say which one it was.
 
 In data-parallel training every rank waits for every other at each all-reduce. When one never comes, the rest waits as
 well, for half an hour by default, with full machines and no word. Here each rank notes its progress in a small file

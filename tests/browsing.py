@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 from collections.abc import Iterator
 
 import pytest
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+from benchmarks.page_start import FLAGS, find_browser
+
+BROWSER = find_browser()
 if os.environ.get("CI_BROWSER") == "1":
     assert BROWSER, "CI_BROWSER=1 and there is no chromium, chromium-browser or google-chrome on the PATH"
 else:
@@ -21,8 +22,6 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright  # noqa: 
 
 __all__ = ["Browser", "Page", "chromium", "expect"]
 
-FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-         "--disable-background-networking", "--disable-component-update", "--disable-sync"]  # fmt: skip
 expect.set_options(timeout=20_000)
 
 

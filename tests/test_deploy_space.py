@@ -8,9 +8,11 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ import psutil
 import pytest
 import yaml
 from hub_helpers import raw
-from huggingface_hub import HfApi, metadata_load
+from huggingface_hub import HfApi, ModelInfo, metadata_load
 from launching import ROOT, environment, launch, started
 from serving import make_release
 
@@ -78,6 +80,15 @@ def test_an_update_removes_what_it_no_longer_wants_and_keeps_what_the_owner_adde
     assert api.file_exists(name, "a.txt", repo_type="space")
 
 
+class Gated(HfApi):
+    """To it every model is public and gated, which the local Hub does not offer."""
+
+    def model_info(self, *args: Any, **kwargs: Any) -> ModelInfo:
+        info = super().model_info(*args, **kwargs)
+        info.private, info.gated = False, "manual"
+        return info
+
+
 def refused(call: Callable[[], object], *words: str) -> None:
     with pytest.raises(UserError) as caught:
         call()
@@ -119,7 +130,13 @@ def test_what_cannot_be_done_is_said_with_the_next_step(hub: Any, api: HfApi, mo
     api.create_repo("local/torch-only")
     api.upload_file(path_or_fileobj=b"{}", path_in_repo="config.json", repo_id="local/torch-only")
     refused(lambda: deploy(space_name(), "local/torch-only", api=api), "has no", "onnx/model.onnx", "make push")
+    refused(lambda: deploy(space_name(), model, api=Gated(endpoint=hub.url, token=hub.token)), "is gated", "--secret HF_TOKEN=READ_TOKEN")
     refused(lambda: read_secrets(["NOT_SET_ANYWHERE"]), "not set here")
+    for module in ("pipeline.deploy.space", "pipeline.deploy.rehearse"):  # every --secret counts, not the last alone
+        model_too = ["--model", model] if module.endswith("space") else []
+        secrets = ["--secret", "NOT_SET_ANYWHERE", "--secret", "HF_TOKEN"]
+        done = launch(["--space", name, *model_too, *secrets], module=module, timeout=30, **hub.env)
+        assert done.returncode == 2 and "NOT_SET_ANYWHERE is not set here" in done.stderr, done.stderr
     done = launch(["--space", "page", "--model", model, "--secret", "HF_TOKEN"], module="pipeline.deploy.space", **hub.env)
     assert done.returncode == 2 and done.stderr.startswith("error: --space is 'page': allowed is owner/name"), done.stderr
 
@@ -138,6 +155,10 @@ def test_a_space_that_nobody_runs_is_not_said_to_run(hub: Any, api: HfApi, monke
     refused(lambda: wait_until_running(api, name, commit, time.monotonic() + 60), "BUILD_ERROR", "pip found no wheel", "logs=build")
     say("RUNNING", "0" * 40)  # of the commit before: that is no news of this one
     refused(lambda: wait_until_running(api, name, commit, time.monotonic() + 3), "longer than --minutes")
+    monkeypatch.setattr("pipeline.deploy.space.POLL_SECONDS", 0.2)
+    say("APP_STARTING", "0" * 40)  # that one again, with a variable changed
+    threading.Timer(1, say, ("RUNNING", "0" * 40)).start()
+    refused(lambda: wait_until_running(api, name, commit, time.monotonic() + 3), "longer than --minutes")
     say("RUNNING", commit, host="http://127.0.0.1:1")
     wait_until_running(api, name, commit, time.monotonic() + 60)
     assert api.space_info(name).host == "http://127.0.0.1:1"
@@ -146,6 +167,14 @@ def test_a_space_that_nobody_runs_is_not_said_to_run(hub: Any, api: HfApi, monke
         "restarts": 2
     }  # one by the wait
     until(lambda: api.get_space_runtime(name).stage == "STOPPED")  # nobody says any more that it runs
+
+
+def test_an_update_knows_that_the_space_is_private_and_asks_for_keys(hub: Any, api: HfApi, model: str, tmp_path: Path) -> None:
+    name, token = space_name(), {"HF_TOKEN": hub.add_user("local", role="read")}
+    for private, secrets in ((True, token | {"DISTRINEWS_API_KEYS": "k"}), (False, token)):
+        refused(partial(deploy, name, model, private=private, secrets=secrets, minutes=0, api=api), "longer than --minutes")
+        readme = Path(api.hf_hub_download(name, "README.md", repo_type="space", local_dir=tmp_path)).read_text(encoding="utf-8")
+        assert '"Authorization: Bearer $HF_TOKEN" -H "X-API-Key: $API_KEY"' in readme, private
 
 
 def test_a_space_that_fails_says_why(hub: Any, api: HfApi, tmp_path: Path) -> None:
@@ -172,11 +201,13 @@ def test_the_image_is_small_unprivileged_and_holds_no_secret(api: HfApi, model: 
     files = compose(
         "local/news-api",
         api.model_info(model),
-        curl_line("https://local-news-api.hf.space", True, {"DISTRINEWS_API_KEYS": "k"}),
+        curl_line("https://local-news-api.hf.space", True, {"DISTRINEWS_API_KEYS"}),
         api.endpoint,
     )
     readme = bytes(files["README.md"]).decode()  # type: ignore[arg-type]
     front = yaml.safe_load(readme.split("---\n")[1])
+    gated = Gated(endpoint=api.endpoint, token=api.token).model_info(model)
+    assert b"preload_from_hub" not in bytes(compose("local/news-api", gated, "curl", api.endpoint)["README.md"])  # type: ignore[arg-type]
     assert front["sdk"] == "docker" and front["models"] == [model] and "preload_from_hub" not in front  # it is private
     assert len(front["short_description"]) <= 60  # the Hub's limit
     assert '"Authorization: Bearer $HF_TOKEN" -H "X-API-Key: $API_KEY"' in readme
@@ -234,30 +265,33 @@ def test_compose_and_kubernetes_files_say_what_the_service_understands() -> None
 
 @pytest.mark.timeout(600)  # it downloads what the image installs
 def test_from_deploy_to_curl(hub: Any, api: HfApi, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A private release with a secret, then the same made public: each deployed by the command, run from the pulled Space."""
+    """A private release with a token and keys, then the same made public and without either: each deployed, run from the pulled Space."""
     name = space_name()
     port = 7860 if not answers(7860) else 17860 + os.getpid() % 1000
     reading = hub.add_user("local", role="read")
-    env = environment(**hub.env, HF_HOME=str(tmp_path), READ_TOKEN=reading, HF_HUB_DISABLE_PROGRESS_BARS="1")
+    keys = {"DISTRINEWS_API_KEYS": "one-key,another-key", "API_KEY": "another-key"}
+    env = environment(**hub.env, **keys, HF_HOME=str(tmp_path), READ_TOKEN=reading, HF_HUB_DISABLE_PROGRESS_BARS="1")
     options = ["--space", name, "--model", model, "--revision", "main"]
 
-    def deployed(*more: str) -> str:
+    def deployed(*more: str, answered: str) -> str:
         done = launch([*options, *more], module="pipeline.deploy.space", timeout=400, **env)
         assert done.returncode == 0, done.stderr
         assert "paid plan" in done.stdout.splitlines()[0] and "make deploy-page" in done.stdout.splitlines()[0]
         line = done.stdout.splitlines()[-1]
-        assert line.startswith(f"curl -s http://127.0.0.1:{port}/predict ")
+        assert line.startswith(f"curl -s http://127.0.0.1:{port}/predict ") and '"X-API-Key: $API_KEY"' in line
+        assert re.search(rf"^answered    {answered}$", done.stdout, re.MULTILINE), done.stdout
         return line
 
     def asked(line: str) -> dict[str, Any]:
         assert shutil.which("curl"), "this test asks as the README tells people to"
-        done = subprocess.run(line, shell=True, capture_output=True, text=True, timeout=60, check=True)
+        done = subprocess.run(line, shell=True, env=env, capture_output=True, text=True, timeout=60, check=True)
         return json.loads(done.stdout)
 
-    rehearsing = ["--space", name, "--port", str(port), "--secret", "HF_TOKEN=READ_TOKEN", "--results", str(tmp_path / "measured.json")]
+    secrets = ["--secret", "HF_TOKEN=READ_TOKEN", "--secret", "DISTRINEWS_API_KEYS"]
+    rehearsing = ["--space", name, "--port", str(port), *secrets, "--results", str(tmp_path / "measured.json")]
     with started(rehearsing, module="pipeline.deploy.rehearse", **env) as rehearsal:
         commit = api.model_info(model).sha
-        answer = asked(deployed("--secret", "HF_TOKEN=READ_TOKEN"))
+        answer = asked(deployed(*secrets, answered=r".*, \d+\.\d% sure"))
         assert answer["revision"] == commit and answer["model"] == model and answer["label"] in answer["probabilities"]
         assert api.get_space_runtime(name).stage == "RUNNING"
 
@@ -275,7 +309,7 @@ def test_from_deploy_to_curl(hub: Any, api: HfApi, model: str, tmp_path: Path, c
 
         api.update_repo_settings(model, private=False)
         try:
-            answer = asked(deployed())
+            answer = asked(deployed(answered="/info; .*"))  # the keys are the Space's still, and nobody can read them back
             assert answer["revision"] == commit
             space = Path(api.snapshot_download(name, repo_type="space", local_dir=tmp_path / "space"))
             assert metadata_load(space / "README.md")["preload_from_hub"] == [f"{model} {','.join(NEEDED)} {commit}"]
@@ -286,7 +320,7 @@ def test_from_deploy_to_curl(hub: Any, api: HfApi, model: str, tmp_path: Path, c
     assert rehearsal.returncode == 0, errors
     assert not code.exists() and not service.is_running()
     everything = [path.read_text(encoding="utf-8", errors="replace") for path in space.rglob("*") if path.is_file()]
-    assert not [token for token in (reading, hub.token) if token in output + errors + "".join(everything)]
+    assert not [hidden for hidden in (reading, hub.token, "one-key", "another-key") if hidden in output + errors + "".join(everything)]
 
     assert f"preloaded   {model} at {commit}" in output
     sizes = [int(size) for size in re.findall(r"^installed   (\d+) MiB", output, re.MULTILINE)]

@@ -17,7 +17,7 @@ from PIL import Image
 
 from pipeline.errors import UserError
 from pipeline.lab.__main__ import main
-from pipeline.lab.frame import LESSON, SIDES
+from pipeline.lab.frame import ROOT, SIDES
 from pipeline.lab.report import IMAGES, PAGE, RESULTS, digest, lines, page
 from pipeline.lab.runner import EXPERIMENTS, run
 
@@ -83,7 +83,23 @@ def check_unequal_batches(broken: dict[str, Any], cured: dict[str, Any]) -> None
 
 
 def check_straggler(broken: dict[str, Any], cured: dict[str, Any]) -> None:
-    assert broken["idle"] > 0.2 and cured["idle"] < 0.03
+    assert broken["idle"] > 0.2 and cured["idle"] < 0.03 and broken["waited"] > cured["waited"]
+
+
+# The safeguards themselves, which stand within some lines of the words that the lab points to.
+SAFEGUARDS = {
+    "no_set_epoch": "sampler.set_epoch(epoch)",
+    "same_data": "self.rank]",
+    "no_no_sync": "ddp.no_sync()",
+    "loss_times_world": "accepts_loss_kwargs = False",
+    "clip_before_average": "unscale_(state.optimizer)",
+    "lr_not_scaled": "config.global_batch_size",
+    "dropout_seeds": "seed_dropout(config, topology)",
+    "one_shard_eval": "dist.all_reduce(total)",
+    "save_on_all_ranks": "if rank == 0:",
+    "unequal_batches": "// global_batch_size",
+    "straggler": "flip(-1)",
+}
 
 
 @pytest.mark.timeout(300)
@@ -105,7 +121,8 @@ def test_one_line_differs(name: str) -> None:
     function = ast.parse(textwrap.dedent(inspect.getsource(experiment.rank))).body[0]
     assert sum(isinstance(node, ast.Name) and node.id == "broken" for node in ast.walk(function)) == 1
     assert "broken" in experiment.line and len(experiment.line.splitlines()) <= 2  # `if not broken:` and its one line
-    assert experiment.marker in LESSON.read_text(encoding="utf-8")
+    text = (ROOT / experiment.file).read_text(encoding="utf-8")
+    assert SAFEGUARDS[name] in text[text.index(experiment.marker) - 100 :][:2500]
 
 
 def test_the_page_and_its_pictures_are_those_of_the_figures() -> None:

@@ -86,6 +86,8 @@ def test_the_slurm_script_is_sound() -> None:
     directives = dict(re.findall(r"^#SBATCH --([\w-]+)(?:=(\S+))?", SLURM.read_text(encoding="utf-8"), flags=re.MULTILINE))
     assert directives["signal"].startswith("TERM@"), "with B: it would reach this script and not the run"
     assert "requeue" in directives and directives["ntasks-per-node"] == "1"
+    # srun does not take it over from sbatch.
+    assert f'SRUN_CPUS_PER_TASK="${{SLURM_CPUS_PER_TASK:-{directives["cpus-per-task"]}}}"' in SLURM.read_text(encoding="utf-8")
 
 
 def test_the_trainjob_is_one() -> None:

@@ -26,7 +26,7 @@ from huggingface_hub.errors import HFValidationError
 
 from pipeline.deploy.upload import upload
 from pipeline.errors import UserError, run_entry
-from pipeline.hub_access import limit_waiting
+from pipeline.hub_access import advice, limit_waiting
 
 STATIC = Path(__file__).resolve().parents[2] / "serve" / "static"
 CDN = "https://cdn.jsdelivr.net/npm"
@@ -176,7 +176,8 @@ def main(argv: Sequence[str]) -> None:
     arguments = parser.parse_args(argv)
     limit_waiting()
     api = HfApi()
-    release = find_release(arguments.model, arguments.revision, api)
+    with advice(api, f"the model {arguments.model}", "Nothing was deployed."):
+        release = find_release(arguments.model, arguments.revision, api)
     commit = upload(arguments.space, "static", compose(release, arguments.library, api.endpoint), private=arguments.private)
     print(
         f"model       {release.model} at {release.commit}\nspace       {arguments.space} at {commit}\n"

@@ -243,7 +243,9 @@ def main(argv: Sequence[str]) -> None:
     parser = _Parser(prog="python -m pipeline.deploy.rehearse", description="Run a Docker Space here, step by step.", allow_abbrev=False)
     parser.add_argument("--space", required=True, help="owner/name of the Space; waited for if it is not there yet.")
     parser.add_argument("--port", type=int, default=7860, help="Port on loopback where it answers (7860, as on the Hub).")
-    parser.add_argument("--secret", nargs="+", default=[], metavar="NAME[=VARIABLE]", help="Its secrets, from variables here.")
+    parser.add_argument(
+        "--secret", nargs="+", action="extend", default=[], metavar="NAME[=VARIABLE]", help="Its secrets, from variables here."
+    )
     parser.add_argument("--results", type=Path, help="Write what was measured (size, start, memory) into this JSON file.")
     arguments = parser.parse_args(argv)
 

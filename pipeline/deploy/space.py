@@ -16,7 +16,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
@@ -30,7 +30,7 @@ from tqdm import tqdm
 from pipeline.assets import ROOT
 from pipeline.deploy.upload import FREE_WAYS, upload
 from pipeline.errors import UserError, run_entry
-from pipeline.hub_access import advice, limit_waiting
+from pipeline.hub_access import advice, check_write_access, limit_waiting
 
 SERVE = ROOT / "serve"
 # What the service reads of a release; the image has no torch, so the ONNX graph is its only engine's.
@@ -51,7 +51,7 @@ class Deployed:
     revision: str  # the model's commit
     url: str
     curl: str
-    answer: dict[str, Any]
+    answer: dict[str, Any] | None  # None where it asks for a key that is not known here
 
 
 def deploy(
@@ -80,18 +80,23 @@ def deploy(
         release = api.model_info(model, revision=revision)
         _check_release(release, revision)
         _check_token(api, release, secrets)
+    names = set(secrets)
+    with advice(api, f"the Space {space}", "Nothing was deployed."):
+        check_write_access(space, api)
+        if api.repo_exists(space, repo_type="space"):  # what it is and has already counts for its callers as well
+            private = private or bool(api.space_info(space).private)
+            names |= api.get_space_secrets(space).keys()
     url = f"https://{re.sub(r'[^a-z0-9]+', '-', space.lower()).strip('-')}.hf.space"  # before there is one that tells its own
     variables = {"DISTRINEWS_MODEL": release.id, "DISTRINEWS_REVISION": str(release.sha)}
-    files = compose(space, release, curl_line(url, private, secrets), api.endpoint)
+    files = compose(space, release, curl_line(url, private, names), api.endpoint)
     commit = upload(space, "docker", files, private=private, variables=variables, secrets=secrets, api=api)
     print(f"uploaded    {space}, commit {commit}; now it is built and started", flush=True)
     deadline = time.monotonic() + 60 * minutes
     with advice(api, f"the Space {space}", f"The upload is done (commit {commit}); run the same command again to look after it."):
         wait_until_running(api, space, commit, deadline)
-        info = api.space_info(space)
-        url = info.host or url
-        answer = _ask(url, str(release.sha), bool(info.private), secrets, deadline)
-    return Deployed(space, commit, release.id, str(release.sha), url, curl_line(url, bool(info.private), secrets), answer)
+        url = api.space_info(space).host or url
+        answer = _ask(url, str(release.sha), private, secrets, deadline)
+    return Deployed(space, commit, release.id, str(release.sha), url, curl_line(url, private, names), answer)
 
 
 def _check_release(release: ModelInfo, revision: str) -> None:
@@ -108,15 +113,15 @@ def _check_token(api: HfApi, release: ModelInfo, secrets: Mapping[str, str]) -> 
     """Raises UserError where the Space could not read the model; warns of a token that may do more than it should."""
     token = secrets.get("HF_TOKEN")
     if token is None:
-        if release.private:
+        if release.private or release.gated:
             raise UserError(
-                f"{release.id} is private, and the Space needs a token to read it: make one that may only read, put it into the "
-                "environment as READ_TOKEN, and add --secret HF_TOKEN=READ_TOKEN."
+                f"{release.id} is {'private' if release.private else 'gated'}, and the Space needs a token to read it: make one that may "
+                "only read, put it into the environment as READ_TOKEN, and add --secret HF_TOKEN=READ_TOKEN."
             )
         return
     theirs = HfApi(endpoint=api.endpoint, token=token)
     try:
-        theirs.model_info(release.id, revision=release.sha)
+        theirs.auth_check(release.id)  # the files of a gated model are not for everybody who sees it
         role = theirs.whoami().get("auth", {}).get("accessToken", {}).get("role")
     except HfHubHTTPError as error:
         raise UserError(
@@ -130,7 +135,7 @@ def compose(space: str, release: ModelInfo, curl: str, endpoint: str) -> dict[st
     """The files of the Space: path in it -> content, or a file here."""
     parts = [*SERVE.glob("*.py"), SERVE / "requirements.txt", *(path for path in (SERVE / "static").rglob("*") if path.is_file())]
     # Only what anybody may read can be fetched at build, and only there is no token needed.
-    preload = "" if release.private else f"preload_from_hub:\n- {release.id} {','.join(NEEDED)} {release.sha}\n"
+    preload = "" if release.private or release.gated else f"preload_from_hub:\n- {release.id} {','.join(NEEDED)} {release.sha}\n"
     readme = Template((SERVE / "space" / "README.md").read_text(encoding="utf-8")).substitute(
         title=space.split("/")[1], model=release.id, commit=release.sha, endpoint=endpoint, curl=curl, preload=preload
     )
@@ -141,8 +146,8 @@ def compose(space: str, release: ModelInfo, curl: str, endpoint: str) -> dict[st
     }
 
 
-def curl_line(url: str, private: bool, secrets: Mapping[str, str]) -> str:
-    """What others type; tokens and keys stand in it as variables of their shell."""
+def curl_line(url: str, private: bool, secrets: Container[str]) -> str:
+    """What others type, by the names of the Space's secrets; tokens and keys stand in it as variables of their shell."""
     headers = ["-H 'Content-Type: application/json'"]
     headers += ['-H "Authorization: Bearer $HF_TOKEN"'] if private else []
     headers += ['-H "X-API-Key: $API_KEY"'] if "DISTRINEWS_API_KEYS" in secrets else []
@@ -162,11 +167,12 @@ def wait_until_running(api: HfApi, space: str, commit: str, deadline: float) -> 
             runtime = api.get_space_runtime(space)
             bar.set_description_str(f"{space}: {runtime.stage}")
             runs = runtime.raw.get("sha")  # not every Hub says
+            ours = runs in (None, commit)  # the commit before runs on while this one is built, and starts anew for a variable
             begun = begun or runs == commit or runtime.stage in INTERMEDIATE_SPACE_STAGES
-            late = time.monotonic() > noticed_by and runs in (None, commit)
-            if runtime.stage not in INTERMEDIATE_SPACE_STAGES and (begun or late):
-                if runtime.stage == "RUNNING":
-                    return
+            late = time.monotonic() > noticed_by and ours
+            if runtime.stage == "RUNNING" and ours and (begun or late):
+                return
+            if runtime.stage not in ("RUNNING", *INTERMEDIATE_SPACE_STAGES) and (begun or late):
                 if runtime.stage.endswith("_ERROR") or restarted:
                     raise UserError(_trouble(api, space, runtime))
                 api.restart_space(space)  # paused, or asleep, and the commit changed nothing
@@ -186,8 +192,11 @@ def _trouble(api: HfApi, space: str, runtime: SpaceRuntime) -> str:
     )
 
 
-def _ask(url: str, revision: str, private: bool, secrets: Mapping[str, str], deadline: float) -> dict[str, Any]:
-    """The answer to QUESTION by the model's commit `revision`; waits for it to be loaded and proven."""
+def _ask(url: str, revision: str, private: bool, secrets: Mapping[str, str], deadline: float) -> dict[str, Any] | None:
+    """The answer to QUESTION by the model's commit `revision`; waits for it to be loaded and proven.
+
+    None where it has that commit ready, but answers only with a key that was given to an earlier deployment.
+    """
     headers = {"Content-Type": "application/json"}
     if private:
         headers["Authorization"] = f"Bearer {get_token()}"
@@ -200,6 +209,9 @@ def _ask(url: str, revision: str, private: bool, secrets: Mapping[str, str], dea
             said = f"{response.status_code} {response.text[:200]}"
             if response.status_code == 200 and response.json().get("revision") == revision:
                 return dict(response.json())
+            locked = response.status_code == 401 and response.json().get("code") == "api_key_missing"
+            if locked and get_session().get(f"{url}/info", headers=headers).json().get("commit") == revision:
+                return None
         except Exception as error:
             said = error
         if time.monotonic() > deadline:
@@ -231,7 +243,9 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--model", required=True, help="owner/name of the release on the Hub.")
     parser.add_argument("--revision", default="main", help="Its tag, branch or commit; the Space keeps to the commit that this is now.")
     parser.add_argument("--private", action="store_true", help="Make the Space private: callers need a token that may read it.")
-    parser.add_argument("--secret", nargs="+", default=[], metavar="NAME[=VARIABLE]", help="Secrets of the Space, from variables here.")
+    parser.add_argument(
+        "--secret", nargs="+", action="extend", default=[], metavar="NAME[=VARIABLE]", help="Secrets of the Space, from variables here."
+    )
     parser.add_argument("--minutes", type=float, default=20, help="Longest that it may take to build, start and answer (20).")
     arguments = parser.parse_args(argv)
     for option in ("space", "model"):
@@ -242,9 +256,12 @@ def main(argv: Sequence[str]) -> None:
     deployed = deploy(
         arguments.space, arguments.model, arguments.revision, private=arguments.private, secrets=secrets, minutes=arguments.minutes
     )
+    said = "/info; texts only with one of its keys, which were set before and are not known here"
+    if deployed.answer:
+        said = f"{deployed.answer['label']}, {deployed.answer['confidence']:.1%} sure"
     print(
         f"space       {deployed.space}, commit {deployed.commit}\nmodel       {deployed.model}, commit {deployed.revision}\n"
-        f"answered    {deployed.answer['label']}, {deployed.answer['confidence']:.1%} sure\nfor the README:\n{deployed.curl}",
+        f"answered    {said}\nfor the README:\n{deployed.curl}",
         flush=True,
     )
 

@@ -35,7 +35,7 @@ class LrNotScaled(Experiment):
     Linear scaling (Goyal et al., arXiv:1706.02677) makes each step longer by as much; keeping the global batch, as here, spares it.
     """
 
-    name, marker = "lr_not_scaled", "[DDP 5] Wrap"
+    name, file, marker = "lr_not_scaled", "pipeline/topology.py", "def plan_batches"
     says = "after the same {epochs} epochs: training loss {loss:.3f}, where batches of {base} rows reached {before:.3f}"
     rows, base, grown, epochs, rate = 1024, 8, 64, 3, 0.05
 

@@ -67,7 +67,7 @@ class SameData(Experiment):
     processes' work for one process's result. Half of the rows are seen by nobody.
     """
 
-    name, marker = "same_data", "[DDP 4] Sampler and set_epoch"
+    name, file, marker = "same_data", "pipeline/sampler.py", "def deal"
     says = "rows learnt from in an epoch: {learnt} of {rows}; difference of the ranks' gradients: {apart:.0%} of their size; test loss {test_loss:.3f}"
 
     def rank(self, world: World, broken: bool) -> dict[str, Any]:

@@ -15,7 +15,6 @@ from matplotlib.axes import Axes
 from pipeline.lab.world import World
 
 ROOT = Path(__file__).resolve().parents[2]
-LESSON = ROOT / "pipeline" / "train_ddp.py"
 SIDES = ("broken", "cured")
 
 # Okabe and Ito's colours, which the colour-blind tell apart too.
@@ -29,7 +28,8 @@ class Experiment(ABC):
     """Its docstring is what the lab tells: first what is switched off (a sentence), then why that matters (two)."""
 
     name: str
-    marker: str  # of pipeline/train_ddp.py: where the safeguard is explained
+    file = "pipeline/train_ddp.py"  # the safeguard is in it ...
+    marker: str  # ... after these words
     says: str  # the symptom, filled with the figures of the broken run; filled with those of the cured one, the cure
     timeout = 60.0  # seconds that a collective waits for the other rank
 
@@ -68,10 +68,10 @@ class Experiment(ABC):
 
     @property
     def safeguard(self) -> str:
-        """Where the safeguard stands in the raw script: `pipeline/train_ddp.py:194 [DDP 6] no_sync`."""
-        lines = LESSON.read_text(encoding="utf-8").splitlines()
+        """Where the safeguard stands: `pipeline/train_ddp.py:194 [DDP 6] no_sync`."""
+        lines = (ROOT / self.file).read_text(encoding="utf-8").splitlines()
         number = next(i for i, line in enumerate(lines, 1) if self.marker in line)
-        return f"{LESSON.relative_to(ROOT)}:{number} {self.marker}"
+        return f"{self.file}:{number} {self.marker}"
 
     def sentence(self, side: Mapping[str, Any]) -> str:
         return self.says.format(**side["figures"])

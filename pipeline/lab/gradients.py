@@ -67,7 +67,7 @@ class LossTimesWorld(Experiment):
     accumulation to make up for it. Adam hides that; the logged loss, the clipping threshold and every comparison are wrong.
     """
 
-    name, marker = "loss_times_world", "[DDP 5] Wrap"
+    name, file, marker = "loss_times_world", "pipeline/model.py", "accepts_loss_kwargs = False"
     says = "loss logged for the first step: {factor:.2f} times that of one process; gradient norm {grad_norm:.2f}; test loss at the end {test_loss:.3f}"
     steps, accumulation, per_device = 24, 2, 8
 

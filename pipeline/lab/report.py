@@ -74,6 +74,7 @@ Each experiment trains a tiny model on real news stories (Reuters R8) with two C
 of distributed training switched off, and with it. Exactly one line differs. None needs a GPU, nor a minute.
 
 ```bash
+make setup && source .venv/bin/activate
 python -m pipeline.lab                  # what there is
 python -m pipeline.lab no_set_epoch     # one of them
 make lab                                # all of them
@@ -107,5 +108,5 @@ def section(experiment: Experiment, both: Mapping[str, Any]) -> str:
 
 - **Broken:** {experiment.sentence(both["broken"])}.
 - **Cured:** {experiment.sentence(both["cured"])}.
-- The safeguard: `{experiment.marker}` in [pipeline/train_ddp.py](../pipeline/train_ddp.py).
+- The safeguard: `{experiment.marker}` in [{experiment.file}](../{experiment.file}).
 """
