@@ -214,6 +214,9 @@ def test_the_log_has_ids_and_no_secrets(guarded: Serve) -> None:
     identity = {"X-Request-ID": "log-test"}
     post(guarded, **identity, **{"X-API-Key": KEYS[0], "Authorization": f"Bearer {TOKEN}"})
     guarded.client.get("/nothing/of/mine?secret=query", headers=identity)
+    end = time.monotonic() + 10
+    while guarded.log().count("log-test") < 2 and time.monotonic() < end:  # a line is written once the answer is sent
+        time.sleep(0.02)
     lines = [json.loads(line) for line in guarded.log().splitlines()]
     about = [{name: line[name] for name in ("level", "route", "status")} for line in lines if line.get("request_id") == "log-test"]
     assert about == [{"level": "INFO", "route": "/predict", "status": 200}, {"level": "INFO", "route": "other", "status": 404}]
