@@ -72,7 +72,7 @@ class Scale:
     names: tuple[str, ...] = tuple(CONFIGURATIONS)
 
 
-FULL, QUICK = Scale(40, 10, 200, 3), Scale(8, 5, 40, 1)
+FULL, QUICK = Scale(24, 8, 200, 3), Scale(8, 5, 40, 1)
 
 
 def main(argv: list[str]) -> int:

@@ -90,8 +90,8 @@ def single_gpu(found: Mapping[str, dict[str, Any]]) -> str:
         "computed; the peak is a large matrix product in the same type. Padding: share of the computed tokens that are none. A step's time is "
         "that between the ends of steps (a GPU is not waited for at each, so there only their sum is exact). The accuracy is that of so few steps at learning rate 2e-4: to compare entries, not to admire.",
         "",
-        *gpu_section(found.get("gpu_step")),
     ]
+    lines += [line for results in labelled(found, "gpu_step").values() for line in (*gpu_section(results), "")] or gpu_section(None)
     return text(lines)
 
 

@@ -25,7 +25,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from benchmarks.common import RESULTS, provenance, provenance_lines, write_results
+from benchmarks.common import RESULTS, machine, named, provenance, provenance_lines, write_results
 from benchmarks.matmul import matmul_peak
 from pipeline.batches import Collator
 from pipeline.config import TrainConfig
@@ -58,7 +58,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--eager_only", action="store_true", help="Leave torch.compile out (it needs a C compiler).")
     parser.add_argument("--out", type=Path, help="Folder for gpu_step.json (default: benchmarks/results).")
+    parser.add_argument("--label", default="", help="Name of another machine, such as t4x2: gpu_step-t4x2.json.")
     options = parser.parse_args(argv)
+    name = named("gpu_step", options.label)
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("torch sees no GPU here. Run this where there is one, or give --device cpu with small --rows to see that it runs.")
     if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", options.rows) or options.steps < 1 or options.layers < 1:
@@ -68,7 +70,7 @@ def main(argv: list[str]) -> int:
     provenance()
     bench = Step(options.device, lengths_of_ag_news(), options.steps, options.layers)
     sizes = sorted({int(rows) for rows in options.rows.split(",")})
-    path = write_results("gpu_step", bench.measure(sizes, compile=not options.eager_only), options.out)
+    path = write_results(name, bench.measure(sizes, compile=not options.eager_only), options.out)
     print("\n".join(section(json.loads(path.read_text(encoding="utf-8")))))
     return 0
 
@@ -213,11 +215,14 @@ class Step:
 
 def section(results: Mapping[str, Any] | None) -> list[str]:
     """Lines of Markdown: the sweep, padding, and where the time goes; or how to measure them."""
-    lines = ["## A training step on a GPU", ""]
     if results is None:
-        return [*lines, f"Not measured: `{COMMAND}` on a machine with a GPU (DistilBERT, batch sizes, torch.compile, padding, profile)."]
+        return [
+            "## A training step on a GPU",
+            "",
+            f"Not measured: `{COMMAND}` on a machine with a GPU (DistilBERT, batch sizes, torch.compile, padding, profile).",
+        ]
     best = next(row for row in results["sweep"] if {name: row[name] for name in ("rows", "compiled")} == results["best"])
-    lines += [provenance_lines(results), ""]
+    lines = [f"## A training step on {machine(results)}", "", provenance_lines(results), ""]
     lines += [
         f"{results['model']}, {results['precision']}, AG News' lengths ({results['mean_length']:.0f} tokens on average), grouped by length.",
         "",

@@ -288,7 +288,9 @@ def code_version(root: Path = ROOT) -> dict[str, Any]:
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
-    commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
+    # What a benchmark writes, results, pages and pictures, is no change of the code that the next one measures.
+    made = (":(exclude)benchmarks/results", ":(exclude)*.md", ":(exclude)*.png")
+    commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no", "--", ".", *made)
     dirty = None if changes is None else bool(changes)
     return {"commit": commit, "dirty": dirty, "origin": https_address(git("remote", "get-url", "origin") or "")}
 

@@ -11,7 +11,6 @@ import hashlib
 import json
 import logging
 import os
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from serve.machine import cpu
+from serve.state import write_whole
 
 log = logging.getLogger("serve")
 
@@ -54,7 +54,7 @@ def compiled(folder: Path, facts: Sequence[Any], make: Callable[[], memoryview])
     if (found := _read(file)) is None:
         data = make()
         try:
-            _write(file, data)
+            write_whole(file, data, hashlib.sha256(data).digest())
         except OSError as error:
             log.warning("the model is compiled at every start: %s cannot be written (%s)", folder, error.strerror)
             return np.frombuffer(data, np.uint8)
@@ -74,20 +74,6 @@ def _read(file: Path) -> Bytes | None:
         os.utime(file)  # used last now: those that were not are removed first
     content, digest = mapped[:-_DIGEST], mapped[-_DIGEST:].tobytes()
     return content if hashlib.sha256(content.data).digest() == digest else None
-
-
-def _write(file: Path, data: memoryview) -> None:
-    """Whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    handle, fresh = tempfile.mkstemp(dir=file.parent, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as sink:
-            sink.write(data)
-            sink.write(hashlib.sha256(data).digest())
-        Path(fresh).replace(file)
-    except OSError:
-        Path(fresh).unlink()  # a full disk must not fill up with these
-        raise
 
 
 def _prune(folder: Path) -> None:

@@ -36,16 +36,20 @@ class State:
         return found if isinstance(found, dict) else {}
 
     def write(self, name: str, value: dict[str, Any]) -> None:
-        """Whole or not at all: a service that is killed here, or two that write at once, leave no half file."""
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            handle, fresh = tempfile.mkstemp(dir=self.folder, suffix=".tmp")
-            try:
-                with os.fdopen(handle, "w", encoding="utf-8") as file:
-                    json.dump(value, file, indent=1)
-                Path(fresh).replace(self.folder / f"{name}.json")
-            except OSError:
-                Path(fresh).unlink()  # a full disk must not fill up with these
-                raise
+            write_whole(self.folder / f"{name}.json", json.dumps(value, indent=1).encode())
         except OSError as error:
             log.warning("nothing is remembered for the next start: %s cannot be written (%s)", self.folder, error.strerror)
+
+
+def write_whole(file: Path, *parts: bytes | memoryview) -> None:
+    """Whole or not at all: a service that is killed here, or two that write at once, leave no half file."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    handle, fresh = tempfile.mkstemp(dir=file.parent, suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as sink:
+            sink.writelines(parts)
+        Path(fresh).replace(file)
+    except OSError:
+        Path(fresh).unlink()  # a full disk must not fill up with these
+        raise

@@ -260,7 +260,7 @@ def test_every_cell_runs_and_a_lost_session_is_gone_on_with(
     assert "| 4 | off |" in said["gpu-step"], "a step was taken apart"
     kept = tmp_path / "second-kept"
     names = {folder: {path.name for path in (kept / folder).iterdir()} for folder in ("results", "runs", "release")}
-    assert names["results"] == {"bench-twocpus.json", "explain-twocpus.json", "scaling-twocpus.json", "gpu_step.json"}
+    assert names["results"] == {"bench-twocpus.json", "explain-twocpus.json", "scaling-twocpus.json", "gpu_step-twocpus.json"}
     assert names["runs"] == {"ag_news-1.json", "ag_news-2.json", "ag_news-raw.json"} and "model.safetensors" in names["release"]
     # What `make bench-report` makes of it, copied to where the notebook says.
     together = shutil.copytree(RESULTS, tmp_path / "together")

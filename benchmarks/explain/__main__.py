@@ -8,12 +8,13 @@ The step measured is the training script's (`pipeline.train_ddp`) at its default
 tokens. Three launches are kept ready and measured in turns, a few steps a turn, always the same ones:
 one process with as many threads as each of several has, several processes, and one process with all cores.
 
-1. The training script's own loop gives the step, and so the speed-up, without a time stamp inside it.
-2. The same loop with time stamps gives data, host to device, forward, backward, and clipping with the optimizer.
-3. With all communication left out (no_sync) and a barrier after backward: what forward and backward take without
-   all-reduce, and who waits for whom. 2 less 3, less the wait, is the all-reduce that backward does not hide.
-4. The same on one rank while the others sleep: 3 less 4 is contention, for cores, memory or power.
-5. What may help, each measured as 2 is, and predicted from 1 to 4 and from timed all-reduces.
+1. The training script's own loop gives the step, by its own clock, and so the speed-up. Time stamps, set by what the script is
+   given (loader, loss scaler, recorder), take the same steps apart: data, host to device, forward, backward, clipping with
+   the optimizer. (A stamp takes a microsecond; on a GPU it waits for the queue. `make bench` has the speed-up without any.)
+2. With all communication left out (no_sync) and a barrier after backward: what forward and backward take without
+   all-reduce, and who waits for whom. 1 less 2, less the wait, is the all-reduce that backward does not hide.
+3. The same on one rank while the others sleep: 2 less 3 is contention, for cores, memory or power.
+4. What may help, each measured as 1 is, and predicted from 1 to 3 and from timed all-reduces.
 
 `benchmarks.explain.parts` has the arithmetic, `benchmarks.scaling` what follows for more ranks, which this runs as well.
 Written to benchmarks/results/{explain,timeline,scaling}.json with their pictures, with --label t4x2 to explain-t4x2.json and so on. Exit code 1: the parts do not add up to

@@ -104,15 +104,15 @@ def shapes(processes: int, device: str) -> dict[str, tuple[int, int]]:
 def measure(options: Sequence[str], processes: int, device: str, rounds: int, steps: int, folder: Path) -> dict[str, Any]:
     """Raw figures: `about` by launch, and by `launch/way` the rounds, each a list over ranks of a list over steps.
 
-    Ways: `entry` (seconds), `together`, `quiet`, `alone` and each remedy (seconds by part), `link` and `link float16`
-    (seconds by size). Beside them `buckets`, the bytes of each all-reduce by size of bucket, and a `timeline`.
+    Ways: `entry`, `quiet`, `alone` and each remedy (seconds by part), `link float32` and `link float16` (seconds by size).
+    Beside them `buckets`, the bytes of each all-reduce by size of bucket, and a `timeline`.
     """
     plan: list[tuple[str, str, dict[str, Any]]] = []
     for name in (formed := shapes(processes, device)):
-        plan += [(name, "entry", {"method": "entry", "steps": steps}), (name, "together", {"method": "steps", "steps": steps})]
-        plan += [(name, "quiet", {"method": "steps", "steps": steps, "how": "quiet"})] if name != "all cores" else []
-    plan += [("many", "alone", {"method": "steps", "steps": steps, "how": "alone"})]
-    plan += [("many", name, {"method": "steps", "steps": steps, **changes}) for name, changes in REMEDIES.items()]
+        plan += [(name, "entry", {"method": "entry", "steps": steps})]
+        plan += [(name, "quiet", {"method": "silent", "steps": steps, "how": "quiet"})] if name != "all cores" else []
+    plan += [("many", "alone", {"method": "silent", "steps": steps, "how": "alone"})]
+    plan += [("many", name, {"method": "entry", "steps": steps, **changes}) for name, changes in REMEDIES.items()]
     for dtype in ("float32", "float16"):
         plan += [("many", f"link {dtype}", {"method": "link", "sizes": LINK_BYTES, "repeats": LINK_REPEATS, "dtype": dtype})]
     raw: dict[str, list[Any]] = {f"{name}/{way}": [] for name, way, _ in plan}

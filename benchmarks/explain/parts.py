@@ -15,7 +15,8 @@ from benchmarks.common import ratio
 from benchmarks.explain.measure import LINK_BYTES, REMEDIES
 from benchmarks.scaling import exposed, fit_link, hidden_share
 
-OWN = ("data", "to_device", "forward", "backward", "optimizer")
+COMPUTING = ("forward", "backward")
+OWN = ("data", "to_device", *COMPUTING, "optimizer")
 PARTS = (*OWN, "contention", "straggler", "communication")
 RIGHT_WITHIN = 0.03  # a remedy's predicted gain is called right when it is that close to the measured one
 
@@ -23,8 +24,8 @@ Rounds = Sequence[Sequence[Sequence[Mapping[str, float]]]]  # of ranks, of steps
 
 
 def seconds(rounds: Rounds, *parts: str) -> np.ndarray:
-    """The sum of these parts (of all, if none is named), `(rounds, ranks, steps)`."""
-    return np.array([[[sum(step.get(p, 0.0) for p in parts or step) for step in rank] for rank in ranks] for ranks in rounds])
+    """The sum of these parts, `(rounds, ranks, steps)`."""
+    return np.array([[[sum(step.get(part, 0.0) for part in parts) for step in rank] for rank in ranks] for ranks in rounds])
 
 
 def typical(figures: np.ndarray) -> float:
@@ -33,10 +34,11 @@ def typical(figures: np.ndarray) -> float:
 
 
 def account(turns: Mapping[str, Any], name: str) -> dict[str, float]:
-    """The parts of a step of one launch, in seconds of the average rank, the measured `step`, and the `rest` between them.
+    """The parts of a step of one launch, in seconds of the average rank: they add up to the measured `step`.
 
     - data, to_device, forward, backward, optimizer (clipping included): a rank's own, while no other one computes;
-    - contention: how much longer the same takes while all ranks compute at once and exchange nothing (no_sync);
+    - contention: how much longer the same takes while all ranks compute at once: forward and backward as they are while
+      nothing is exchanged (no_sync), the others as they are in training;
     - straggler: how long a rank waits for the slowest one, at a barrier at the place where the last all-reduce would begin.
       What is above the shortest wait of that step counts: that of the last to come, which is the barrier's own time. Ranks
       that differ by d have it twice, as a wait of the fast one and as longer work of the slow one; the mean over ranks
@@ -45,21 +47,22 @@ def account(turns: Mapping[str, Any], name: str) -> dict[str, float]:
       the straggler's wait. So it is what backward does not hide, DDP's copies into its buckets included (at one process
       these are all of it). A difference and no stamps around the all-reduce itself: what runs under backward and slows it
       down, for it needs the same cores, is not hidden either;
-    - rest: what the training script's own loop takes beyond these: its recorder, its watch, its word on stopping.
+    - rest: what the training script's loop does from a step's end to its next batch, and what else its recorder's clock
+      holds beyond the stamps: its recorder, its watch, its word on stopping.
 
     Where a launch was not measured quiet or alone, those parts are within its own.
     """
-    together = turns[f"{name}/together"]
-    quiet = turns.get(f"{name}/quiet", together)
-    alone = turns.get(f"{name}/alone", quiet)
-    parts = {part: typical(seconds(alone, part)) for part in OWN}
-    parts["contention"] = sum(typical(seconds(quiet, part)) - parts[part] for part in OWN)
+    entry = turns[f"{name}/entry"]
+    quiet = turns.get(f"{name}/quiet", entry)
+    together = {part: typical(seconds(quiet if part in COMPUTING else entry, part)) for part in OWN}
+    alone = turns.get(f"{name}/alone")
+    parts = {part: typical(seconds(alone, part)) for part in OWN} if alone else dict(together)
+    parts["contention"] = sum(together.values()) - sum(parts.values())
     wait = seconds(quiet, "wait")
     parts["straggler"] = typical(wait - wait.min(axis=1, keepdims=True))
-    computing = typical(seconds(quiet, "forward")) + typical(seconds(quiet, "backward"))
-    parts["communication"] = typical(seconds(together, "forward", "backward")) - computing - parts["straggler"]
-    step = typical(np.array(turns[f"{name}/entry"]))
-    return parts | {"rest": step - sum(parts.values()), "step": step}
+    stamped, step = typical(seconds(entry, *OWN)), typical(seconds(entry, "step"))
+    parts["communication"] = stamped - sum(together.values()) - parts["straggler"]
+    return parts | {"rest": step - stamped, "step": step}
 
 
 def losses(one: Mapping[str, float], many: Mapping[str, float], ranks: int) -> dict[str, float]:
@@ -77,8 +80,8 @@ def losses(one: Mapping[str, float], many: Mapping[str, float], ranks: int) -> d
 
 
 def speedup(turns: Mapping[str, Any], base: str, accounts: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
-    """Of `many` over `base`: measured by the training script's own loops (no stamps), and predicted from the parts."""
-    totals = {name: np.array(turns[f"{name}/entry"]).mean(axis=1).sum(axis=1).tolist() for name in (base, "many")}
+    """Of `many` over `base`: by the clock of the training script's own loops, and predicted from the parts."""
+    totals = {name: seconds(turns[f"{name}/entry"], "step").mean(axis=1).sum(axis=1).tolist() for name in (base, "many")}
     measured = ratio(totals[base], totals["many"]) | {"median": accounts[base]["step"] / accounts["many"]["step"]}
     return {"measured": measured, "predicted": sum(accounts[base][p] for p in PARTS) / sum(accounts["many"][p] for p in PARTS)}
 
@@ -94,18 +97,18 @@ def remedies(raw: Mapping[str, Any], one: Mapping[str, float], many: Mapping[str
     link, halves = (fit_link(LINK_BYTES, link_seconds(turns, dtype), ranks) for dtype in ("float32", "float16"))
     hidden = hidden_share(link, buckets["25"], ranks, many["communication"] - one["communication"])  # the copies into buckets stay
     now = exposed(link, buckets["25"], ranks, hidden)  # by the same model, so that no change is predicted to change nothing
-    base = seconds(turns["many/together"])
+    base = seconds(turns["many/entry"], "step")
     step = typical(base)
     saved = {
         "larger buckets": now - exposed(link, buckets[str(REMEDIES["larger buckets"]["bucket_mb"])], ranks, hidden),
         "smaller buckets": now - exposed(link, buckets[str(REMEDIES["smaller buckets"]["bucket_mb"])], ranks, hidden),
         "fp16 hook": now - exposed(halves, [size // 2 for size in buckets["25"]], ranks, hidden),
-        "accumulation": (many["communication"] + typical(seconds(turns["many/together"], "optimizer"))) / 2,
+        "accumulation": (many["communication"] + typical(seconds(turns["many/entry"], "optimizer"))) / 2,
         "static graph": 0.0,
     }
     rows = []
     for name, seconds_saved in saved.items():
-        changed = seconds(turns[f"many/{name}"])
+        changed = seconds(turns[f"many/{name}"], "step")
         totals = [figures.mean(axis=1).sum(axis=1).tolist() for figures in (base, changed)]
         per_step = typical(changed) * changed.shape[2] / base.shape[2]
         gain = {key: value - 1 for key, value in ratio(*totals).items()} | {"median": step / per_step - 1}
@@ -126,7 +129,7 @@ def explain(raw: Mapping[str, Any]) -> dict[str, Any]:
     accounts = {name: account(turns, name) for name in about}
     one, many, ranks = accounts["one"], accounts["many"], about["many"]["processes"]
     link = {"bytes": LINK_BYTES} | {dtype: link_seconds(turns, dtype) for dtype in ("float32", "float16")}
-    entries = np.array(turns["many/entry"])
+    entries = seconds(turns["many/entry"], "step")
     return {
         "accounts": {name: {"about": about[name], **accounts[name]} for name in about},
         "speedup": speedup(turns, "one", accounts),

@@ -1,11 +1,11 @@
-"""One measuring process of `benchmarks.explain`: the step of `pipeline.train_ddp` with a time stamp between its parts.
+"""One measuring process of `benchmarks.explain`: the steps of `pipeline.train_ddp`, with a time stamp between their parts.
 
     torchrun --standalone --nproc_per_node 2 -m benchmarks.explain.worker PORT NAME configs/ag_news.yaml --device cpu
 
-Model, rows, sampler, loader, optimizer and DDP's wrap are made by the project's own functions; only the loop is written
-again here, because time stamps do not belong into the script that teaches. `entry` runs that script's own loop beside it, so
-each result shows whether the two take the same time. The worker waits for tasks in a key-value store at PORT, under NAME,
-and does nothing in between: several launches can be kept ready and measured in turns (`benchmarks.explain.measure`).
+`entry` runs that script's own loop, in which there are no time stamps, for they do not belong into a script that teaches: the
+loader, the model, the loss scaler and the recorder that it is given set them. Only steps that no training takes, without
+communication, are written again here. The worker waits for tasks in a key-value store at PORT, under NAME, and does nothing in
+between: several launches can be kept ready and measured in turns (`benchmarks.explain.measure`).
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 
 from pipeline.batches import training_loader
 from pipeline.config import TrainConfig, parse
@@ -69,12 +71,60 @@ class Timeline:
 
 
 class LoopOnly(Recorder):
-    """For the training loop alone: no checkpoint and no validation at its end."""
+    """For the training loop alone, no checkpoint and no validation at its end; keeps the parts of each step."""
 
     owes_evaluation = False
+    line: Timeline
 
     def should_save(self, step: int) -> bool:
         return False
+
+    def start(self) -> None:
+        super().start()
+        self.line, self.parts = Timeline(self.topology.torch_device), list[dict[str, float]]()
+
+    def stepped(self, step: int) -> None:
+        self.line.stamp("optimizer")
+        super().stepped(step)
+        self.parts.append({"step": self.step_times[-1], **self.line.seconds()})
+        self.line.spans.clear()
+
+
+class StampingLoader:
+    """`loader`, whose batches end what came before and are themselves part `data`."""
+
+    def __init__(self, loader: DataLoader[Any], recorder: LoopOnly) -> None:
+        self.batch_sampler, self._loader, self._recorder = loader.batch_sampler, loader, recorder
+
+    def __iter__(self) -> Iterator[Any]:
+        batches = iter(self._loader)
+        while True:
+            line = self._recorder.line
+            # After a step: what the loop does besides. Between the micro-batches of one: the end of a backward.
+            line.stamp("backward" if line.spans and line.spans[-1][0] == "forward" else "rest")
+            batch = next(batches, None)
+            if batch is None:
+                return
+            line.stamp("data")
+            yield batch
+
+
+class StampingScaler:
+    """`scaler`, to which the loop comes with the loss, the end of forward, and with the gradients, the end of backward."""
+
+    def __init__(self, scaler: torch.amp.GradScaler, recorder: LoopOnly) -> None:
+        self._scaler, self._recorder = scaler, recorder
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._scaler, name)
+
+    def scale(self, loss: torch.Tensor) -> torch.Tensor:
+        self._recorder.line.stamp("forward")
+        return self._scaler.scale(loss)
+
+    def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
+        self._recorder.line.stamp("backward")
+        self._scaler.unscale_(optimizer)
 
 
 class Rank:
@@ -103,38 +153,51 @@ class Rank:
             "precision": place.precision, "batch": self.plan.to_dict(), "gradient_bytes": sum(p.numel() * p.element_size() for p in trainable),
         }  # fmt: skip
 
-    def entry(self, steps: int) -> list[float]:
-        """Seconds of each step of the script's own loop, by its own recorder: no time stamp inside a step."""
-        config = replace(self.config, max_steps=WARM_UP + steps)
-        recorder = LoopOnly(config, self.topology, self.plan, steps_per_epoch=len(self.loader) // self.plan.accumulation)
-        with (
-            Watch(Path(self.config.output_dir or ""), self.topology.rank, self.topology.world_size, config.hang_seconds) as watch,
-            self.stopper.held(),
-        ):
-            train(config, self.topology, self.plan, self.prepared, self.loader, self.state, recorder, None, self.stopper, watch)
+    def entry(self, steps: int, accumulation: int = 1, **changes: Any) -> list[dict[str, float]]:
+        """Seconds of each part of the same first steps of an epoch in the script's own loop, `(steps / accumulation,)`.
+
+        `step` is what the script's recorder says; `rest` what its loop does between the steps. `accumulation` joins that many
+        steps' backwards to one all-reduce and one optimizer step. `changes`: configuration.
+        """
+        plan = replace(self.plan, accumulation=self.plan.accumulation * accumulation)
+        config = replace(self.config, max_steps=WARM_UP + steps // accumulation, **changes)
+        recorder = LoopOnly(config, self.topology, plan, steps_per_epoch=len(self.loader) // plan.accumulation)
+        loader: Any = StampingLoader(self.loader, recorder)
+        scaler: Any = StampingScaler(self.state.scaler, recorder)
+
+        def called(module: torch.nn.Module, _: Any) -> None:
+            if isinstance(module, DistributedDataParallel):
+                recorder.line.stamp("to_device")
+
+        watched = register_module_forward_pre_hook(called)  # of all modules: the script makes its DDP itself
+        try:
+            with (
+                Watch(Path(self.config.output_dir or ""), self.topology.rank, self.topology.world_size, config.hang_seconds) as watch,
+                self.stopper.held(),
+            ):
+                state = replace(self.state, scaler=scaler)
+                train(config, self.topology, plan, self.prepared, loader, state, recorder, None, self.stopper, watch)
+        finally:
+            watched.remove()
         recorder.stop()
         gc.collect()  # its DDP holds buckets of the gradient's size
-        return recorder.step_times[WARM_UP:]
+        return recorder.parts[WARM_UP:]
 
-    def steps(self, steps: int, how: str = "together", accumulation: int = 1, **changes: Any) -> list[dict[str, float]]:
-        """Seconds of each part of the same first steps of an epoch, `(steps / accumulation,)`.
+    def silent(self, steps: int, how: str) -> list[dict[str, float]]:
+        """Seconds of each part of the same steps as `entry`'s, with every gradient kept local (no_sync), `(steps,)`.
 
-        `how`: `together` communicates, as training does. `quiet` keeps every gradient local (no_sync), and the ranks
-        meet at a timed barrier after backward, part `wait`. `alone` is quiet, one rank after another, the others asleep.
-        `accumulation` joins that many steps' backwards to one all-reduce and one optimizer step. `changes`: configuration.
+        `how`: `quiet`, and the ranks meet at a timed barrier after backward, part `wait`; or `alone`, one rank after another,
+        the others asleep.
         """
-        ddp, batches = self._begin(**changes)
+        ddp, batches = self._begin()
         for _ in range(WARM_UP):
-            self._step(ddp, batches, quiet=how != "together")
+            self._step(ddp, batches, quiet=True)
         turns = range(self.topology.world_size) if how == "alone" else [self.topology.rank]
         measured: list[dict[str, float]] = []
         for turn in turns:
             dist.barrier()
             if turn == self.topology.rank:
-                measured += [
-                    self._step(ddp, batches, quiet=how != "together", meet=how == "quiet", accumulation=accumulation).seconds()
-                    for _ in range(steps // accumulation)
-                ]
+                measured += [self._step(ddp, batches, quiet=True, meet=how == "quiet").seconds() for _ in range(steps)]
         dist.barrier()
         return measured
 
@@ -190,23 +253,20 @@ class Rank:
         self.loader.batch_sampler.set_epoch(0)  # type: ignore[union-attr]
         return ddp, iter(self.loader)
 
-    def _step(
-        self, ddp: DistributedDataParallel, batches: Iterator[Any], *, quiet: bool, meet: bool = False, accumulation: int = 1
-    ) -> Timeline:
+    def _step(self, ddp: DistributedDataParallel, batches: Iterator[Any], *, quiet: bool, meet: bool = False) -> Timeline:
         """One optimizer step, line by line as in `pipeline.train_ddp.train`."""
         place, state = self.topology, self.state
         line = Timeline(place.torch_device)
-        micro_batches = self.plan.accumulation * accumulation
-        for micro in range(micro_batches):
+        for micro in range(self.plan.accumulation):
             batch = next(batches)
             line.stamp("data")
             batch = {name: tensor.to(place.torch_device, non_blocking=True) for name, tensor in batch.items()}
             labels = batch.pop("labels")
             line.stamp("to_device")
-            with ddp.no_sync() if quiet or micro < micro_batches - 1 else contextlib.nullcontext():
+            with ddp.no_sync() if quiet or micro < self.plan.accumulation - 1 else contextlib.nullcontext():
                 with torch.autocast(place.device, dtype=place.autocast, enabled=place.autocast is not None):
                     logits = ddp(**batch).logits
-                loss = classification_loss(logits, labels, self.class_weights) / micro_batches
+                loss = classification_loss(logits, labels, self.class_weights) / self.plan.accumulation
                 line.stamp("forward")
                 state.scaler.scale(loss).backward()
                 line.stamp("backward")
