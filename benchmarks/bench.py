@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -104,15 +104,6 @@ def main(argv: list[str]) -> int:
     return 0 if options.quick or all(row["held"] for row in results["ratios"].values()) else 1
 
 
-def share_of_peak(runs: Mapping[str, Any], name: str, device: str) -> list[float]:
-    """Computed FLOP/s, padding included, over the matrix-multiply peak of the same round, type and machine, a figure a round."""
-    devices = runs[name][0]["topology"]["world_size"] if device == "cuda" else 1
-    return [
-        run["flops_per_second_with_padding"] / (devices * peak[run["topology"]["precision"]])
-        for run, peak in zip(runs[name], runs[MATMUL], strict=True)
-    ]
-
-
 @dataclass
 class Bench:
     """Measures on one device; `runs` fills with one record a round for each configuration."""
@@ -152,8 +143,10 @@ class Bench:
                 bound = None if name == "defaults_against_plain" and not (amx and self.device == "cpu") else bound
                 ratios[name] = {**found, "bound": bound, "held": bound is None or found["median"] >= bound}
         for name in (PLAIN, *self.scale.names):
-            for run, share in zip(self.runs[name], share_of_peak(self.runs, name, self.device), strict=True):
-                run["share_of_peak"] = share
+            for run, peak in zip(self.runs[name], self.runs[MATMUL], strict=True):  # of the same round
+                place = run["topology"]
+                devices = place["world_size"] if self.device == "cuda" else 1
+                run["share_of_peak"] = run["flops_per_second_with_padding"] / (devices * peak[place["precision"]])
         shares = [run["checkpoint_share"] for name, runs in self.runs.items() if "2 processes" in name for run in runs]
         if shares:
             middle = statistics.median(shares)

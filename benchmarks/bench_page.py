@@ -9,7 +9,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from benchmarks.bench import MATMUL, PLAIN, share_of_peak
+from benchmarks.bench import MATMUL, PLAIN
 from benchmarks.common import caption, machine, provenance_lines
 
 NOT = "not measured"
@@ -111,7 +111,7 @@ def details(results: Mapping[str, Any], names: Sequence[str]) -> list[str]:
         lines.append(
             f"| {TITLES[name]} | {middle('samples_per_second'):.1f} | {middle('tokens_per_second'):.0f} | {middle('padded_share'):.1%} | {steps} "
             f"| {f'{max(peaks):.2f}' if peaks else NOT} | {middle('flops_per_second') / 1e9:.0f} | {middle('flops_per_second_with_padding') / 1e9:.0f} "
-            f"| {statistics.median(share_of_peak(results['runs'], name, results['device'])):.1%} | {', '.join(f'{score:.3f}' for score in scores) or 'not scored'} |"
+            f"| {middle('share_of_peak'):.1%} | {', '.join(f'{score:.3f}' for score in scores) or 'not scored'} |"
         )
     return lines
 
@@ -119,15 +119,12 @@ def details(results: Mapping[str, Any], names: Sequence[str]) -> list[str]:
 def about(results: Mapping[str, Any]) -> list[str]:
     """Provenance, settings and the peak, in words."""
     settings, peaks = results["settings"], results["runs"][MATMUL]
-    # What an earlier version did not note is not said.
-    minutes = f"; {results['minutes_in_all']} minutes in all" if "minutes_in_all" in results else ""
-    drawn = f" (drawn from {results['dataset_rows']['train']:,} training rows)" if "dataset_rows" in results else ""
     rates = ", ".join(f"{statistics.median(p[name] for p in peaks) / 1e9:.0f} GFLOP/s in {name}" for name in peaks[0])
     where = "one GPU" if results["device"] == "cuda" else "all cores"
     return [
         provenance_lines(results),
         f"{settings['rounds']} round{'s' * (settings['rounds'] > 1)} in turns; an entry takes {settings['steps']} steps of {settings['rows_a_step']} rows, the plain loop "
-        f"{settings['plain_steps']}, and the first 3 of each are not counted{minutes}. {results['model']} on AG News{drawn}, at most {settings['max_length']} "
+        f"{settings['plain_steps']}, and the first 3 of each are not counted; {results['minutes_in_all']} minutes in all. {results['model']} on AG News (drawn from {results['dataset_rows']['train']:,} training rows), at most {settings['max_length']} "
         f"tokens. Ranks talk through {results['interconnect']}. Matrix-multiply peak of {where}, measured in the same rounds, to which all shares refer: {rates}.",
     ]
 
@@ -141,7 +138,7 @@ def plot(results: Mapping[str, Any], names: Sequence[str], path: Path) -> None:
         colour = COLOURS[name.split()[0].rstrip(",")]
         for panel, values, form in (
             (left, [run["samples_per_second"] for run in results["runs"][name]], "{:.1f}"),
-            (right, [100 * share for share in share_of_peak(results["runs"], name, results["device"])], "{:.1f}%"),
+            (right, [100 * run["share_of_peak"] for run in results["runs"][name]], "{:.1f}%"),
         ):
             panel.barh(i, statistics.median(values), height=0.62, color=colour, alpha=0.85)
             panel.plot(values, [i] * len(values), "o", color=INK, markersize=3)
@@ -161,8 +158,11 @@ def plot(results: Mapping[str, Any], names: Sequence[str], path: Path) -> None:
         panel.set_axisbelow(True)
     settings = results["settings"]
     figure.suptitle(
-        f"{results['model']} on AG News, {settings['rows_a_step']} rows a step, {machine(results)}, {results['date'][:10]}: "
-        f"median and each round", fontsize=9, color=INK,
-    )  # fmt: skip
+        f"{results['model']} on AG News, {settings['rows_a_step']} rows a step: median and each round",
+        fontsize=9,
+        color=INK,
+        x=0.01,
+        ha="left",
+    )
     caption(figure, results)
     figure.savefig(path, dpi=150, facecolor="white", metadata={"Software": None})

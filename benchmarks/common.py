@@ -169,9 +169,11 @@ def machine(results: Mapping[str, Any]) -> str:
 
 
 def caption(figure: Any, results: Mapping[str, Any]) -> None:
-    """Below a picture, what a reader who meets it alone has to know: hardware, date and command."""
+    """In a picture's upper corner, what a reader who meets it alone has to know: hardware, date and command."""
     words = f"{machine(results)}, {results['date'][:10]}: {results['provenance']['command']}"
-    figure.supxlabel(words, fontsize=7, color="#7b8794", x=0.99, ha="right")
+    height = 0.2 / figure.get_figheight()  # inches
+    figure.get_layout_engine().set(rect=(0, 0, 1, 1 - height))
+    figure.text(0.99, 1 - 0.3 * height, words, fontsize=7, color="#7b8794", ha="right", va="top")
 
 
 def provenance_lines(results: Mapping[str, Any]) -> str:
