@@ -164,7 +164,7 @@ def predict(explained: Mapping[str, Any], faster: float) -> dict[str, Any]:
         for speed in (1.0, faster) for fixed, rows in (("global batch", batch), ("rows per rank", batch / ranks))
     ]  # fmt: skip
     one, many = explained["accounts"]["one"], explained["accounts"]["many"]
-    share_alone = work(many) + many["optimizer"] + one["communication"] + many["rest"]  # what a single rank takes for a rank's rows
+    share_alone = work(many) + many["optimizer"] + one["communication"] + one["rest"]  # what a single rank takes for a rank's rows
     return {
         "ranks": list(RANKS), "links": {name: asdict(link) for name, link in links.items()}, "model": asdict(model), "curves": curves,
         "measured": {"ranks": ranks, "link": name, "global batch": explained["speedup"]["measured"]["median"] / ranks,

@@ -279,7 +279,7 @@ def https_address(remote: str) -> str | None:
 
 
 def code_version(root: Path = ROOT) -> dict[str, Any]:
-    """Commit of this code, whether files were changed since, and origin's https address; None what is not known, as outside a git checkout."""
+    """Commit of this code, whether it was changed since (documentation and results apart), and origin's https address; None what is not known, as outside a git checkout."""
 
     def git(*arguments: str) -> str | None:
         try:
@@ -289,7 +289,7 @@ def code_version(root: Path = ROOT) -> dict[str, Any]:
         return done.stdout.strip() if done.returncode == 0 else None
 
     # What a benchmark writes, results, pages and pictures, is no change of the code that the next one measures.
-    made = (":(exclude)benchmarks/results", ":(exclude)*.md", ":(exclude)*.png")
+    made = [f":(exclude){name}" for name in ("README.md", "docs", "benchmarks/results", "benchmarks/*.md", "benchmarks/*.png")]
     commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no", "--", ".", *made)
     dirty = None if changes is None else bool(changes)
     return {"commit": commit, "dirty": dirty, "origin": https_address(git("remote", "get-url", "origin") or "")}

@@ -9,16 +9,16 @@ tokens. Three launches are kept ready and measured in turns, a few steps a turn,
 one process with as many threads as each of several has, several processes, and one process with all cores.
 
 1. The training script's own loop gives the step, by its own clock, and so the speed-up. Time stamps, set by what the script is
-   given (loader, loss scaler, recorder), take the same steps apart: data, host to device, forward, backward, clipping with
+   given (loader, model, loss scaler, recorder), take the same steps apart: data, host to device, forward, backward, clipping with
    the optimizer. (A stamp takes a microsecond; on a GPU it waits for the queue. `make bench` has the speed-up without any.)
 2. With all communication left out (no_sync) and a barrier after backward: what forward and backward take without
    all-reduce, and who waits for whom. 1 less 2, less the wait, is the all-reduce that backward does not hide.
-3. The same on one rank while the others sleep: 2 less 3 is contention, for cores, memory or power.
+3. The same on one rank while the others sleep: 2 less 3 (of data and optimizer, 1 less 3) is contention, for cores, memory or power.
 4. What may help, each measured as 1 is, and predicted from 1 to 3 and from timed all-reduces.
 
 `benchmarks.explain.parts` has the arithmetic, `benchmarks.scaling` what follows for more ranks, which this runs as well.
-Written to benchmarks/results/{explain,timeline,scaling}.json with their pictures, with --label t4x2 to explain-t4x2.json and so on. Exit code 1: the parts do not add up to
-the step within 3%, or the speed-up they predict is off by more than 0.05; the machine was not quiet, run it again.
+Written to benchmarks/results/{explain,timeline,scaling}.json with their pictures, with --label t4x2 to explain-t4x2.json and so on. Exit code 1: the stamped parts do not
+add up to the step within 3%, or the speed-up they predict is off by more than 0.05: the loop does something that no stamp covers.
 """
 
 from __future__ import annotations

@@ -50,6 +50,8 @@ def section(results: Mapping[str, Any], machine: str = "") -> str:
     many, batch = accounts["many"], accounts["many"]["about"]["batch"]
     parts_sum, speedup = sum(many[part] for part in PARTS) / many["step"], results["speedup"]
     measured, held = speedup["measured"], results["held"]
+    stamps = "" if many["about"]["device"] == "cpu" else " with stamps that wait for the GPU's queue (`make bench` has it without)"
+    idle = next(row["measured"] for row in results["remedies"] if row["remedy"] == "static graph")
     lines = [
         f"## Where the missing speed-up went{f', on {machine}' * bool(machine)}",
         "",
@@ -61,9 +63,12 @@ def section(results: Mapping[str, Any], machine: str = "") -> str:
         "",
         f"Shares are of the step of {label(many['about'])}, against {label(accounts['one']['about'])}: each rank has the same "
         f"{'threads' if many['about']['device'] == 'cpu' else 'device'} in both, as with one GPU and several. Measured by the training script's own "
-        f"loop: {measured['median']:.2f}x (rounds: {measured['lowest']:.2f} to {measured['highest']:.2f}); from the parts: {speedup['predicted']:.2f}x. "
+        f"loop{stamps}: {measured['median']:.2f}x (rounds: {measured['lowest']:.2f} to {measured['highest']:.2f}); from the parts: {speedup['predicted']:.2f}x. "
         f"The parts add up to {parts_sum:.1%} of the step that loop takes. Accepted: within {ADDS_UP_WITHIN:.0%} of a step, and a speed-up from "
-        f"the parts within {PREDICTS_WITHIN} of the measured one{'' if held else '; NOT held, for the machine was not quiet: measure again'}.",
+        f"the parts within {PREDICTS_WITHIN} of the measured one{'' if held else '; NOT held: the loop does something that no stamp covers'}. "
+        "The parts of a step are stamped in that very step; all-reduce, waiting and contention are told apart by differences between turns, "
+        f"which are less certain: the static graph below changes nothing here, and came out at {idle['median']:+.1%} "
+        f"({idle['lowest']:+.1%} to {idle['highest']:+.1%}).",
     ]
     if all_cores := results["speedup_all_cores"]:
         lines += [

@@ -47,8 +47,8 @@ def account(turns: Mapping[str, Any], name: str) -> dict[str, float]:
       the straggler's wait. So it is what backward does not hide, DDP's copies into its buckets included (at one process
       these are all of it). A difference and no stamps around the all-reduce itself: what runs under backward and slows it
       down, for it needs the same cores, is not hidden either;
-    - rest: what the training script's loop does from a step's end to its next batch, and what else its recorder's clock
-      holds beyond the stamps: its recorder, its watch, its word on stopping.
+    - rest: what the training script's clock holds beyond the stamps: from a step's end to its next batch, with its recorder,
+      its watch and its word on stopping, at which ranks that differ in the optimizer wait for each other.
 
     Where a launch was not measured quiet or alone, those parts are within its own.
     """
@@ -60,9 +60,10 @@ def account(turns: Mapping[str, Any], name: str) -> dict[str, float]:
     parts["contention"] = sum(together.values()) - sum(parts.values())
     wait = seconds(quiet, "wait")
     parts["straggler"] = typical(wait - wait.min(axis=1, keepdims=True))
-    stamped, step = typical(seconds(entry, *OWN)), typical(seconds(entry, "step"))
-    parts["communication"] = stamped - sum(together.values()) - parts["straggler"]
-    return parts | {"rest": step - stamped, "step": step}
+    talking = sum(typical(seconds(entry, part)) for part in COMPUTING)
+    parts["communication"] = talking - sum(together[part] for part in COMPUTING) - parts["straggler"]
+    step = typical(seconds(entry, "step"))
+    return parts | {"rest": step - sum(parts.values()), "step": step}
 
 
 def losses(one: Mapping[str, float], many: Mapping[str, float], ranks: int) -> dict[str, float]:

@@ -4,7 +4,7 @@
 
 `entry` runs that script's own loop, in which there are no time stamps, for they do not belong into a script that teaches: the
 loader, the model, the loss scaler and the recorder that it is given set them. Only steps that no training takes, without
-communication, are written again here. The worker waits for tasks in a key-value store at PORT, under NAME, and does nothing in
+communication or with each all-reduce noted, are written again here. The worker waits for tasks in a key-value store at PORT, under NAME, and does nothing in
 between: several launches can be kept ready and measured in turns (`benchmarks.explain.measure`).
 """
 
@@ -43,7 +43,7 @@ from pipeline.train_ddp import from_rank_zero, initial_state, join_process_group
 from pipeline.watch import Watch
 
 PROG = "python -m benchmarks.explain.worker PORT NAME"
-WARM_UP = 2  # steps before those that count: DDP orders its buckets anew after its first one, and memory is taken
+WARM_UP = 4  # batches before those that count, in two steps or more: DDP orders its buckets anew after its first one
 STEPS_IN_ALL = 1_000_000  # of the learning rate's schedule, which so stays in its warm-up
 PATIENCE = timedelta(minutes=30)
 
@@ -97,16 +97,13 @@ class StampingLoader:
         self.batch_sampler, self._loader, self._recorder = loader.batch_sampler, loader, recorder
 
     def __iter__(self) -> Iterator[Any]:
-        batches = iter(self._loader)
-        while True:
-            line = self._recorder.line
-            # After a step: what the loop does besides. Between the micro-batches of one: the end of a backward.
-            line.stamp("backward" if line.spans and line.spans[-1][0] == "forward" else "rest")
-            batch = next(batches, None)
-            if batch is None:
-                return
+        line = self._recorder.line
+        line.stamp("rest")
+        for batch in self._loader:
             line.stamp("data")
             yield batch
+            # Between the micro-batches of a step: the end of a backward. After a step: what the loop does besides.
+            line.stamp("backward" if line.spans and line.spans[-1][0] == "forward" else "rest")
 
 
 class StampingScaler:
@@ -160,7 +157,7 @@ class Rank:
         steps' backwards to one all-reduce and one optimizer step. `changes`: configuration.
         """
         plan = replace(self.plan, accumulation=self.plan.accumulation * accumulation)
-        config = replace(self.config, max_steps=WARM_UP + steps // accumulation, **changes)
+        config = replace(self.config, max_steps=(WARM_UP + steps) // accumulation, **changes)
         recorder = LoopOnly(config, self.topology, plan, steps_per_epoch=len(self.loader) // plan.accumulation)
         loader: Any = StampingLoader(self.loader, recorder)
         scaler: Any = StampingScaler(self.state.scaler, recorder)
@@ -181,7 +178,7 @@ class Rank:
             watched.remove()
         recorder.stop()
         gc.collect()  # its DDP holds buckets of the gradient's size
-        return recorder.parts[WARM_UP:]
+        return recorder.parts[WARM_UP // accumulation :]
 
     def silent(self, steps: int, how: str) -> list[dict[str, float]]:
         """Seconds of each part of the same steps as `entry`'s, with every gradient kept local (no_sync), `(steps,)`.
