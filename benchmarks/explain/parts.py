@@ -1,7 +1,7 @@
 """From raw time stamps to the account of a step: its parts, the lost speed-up, and what remedies should bring and brought.
 
-Each figure is the median over rounds, step by step and rank by rank, then the mean over steps and ranks: a disturbance of
-one turn drops out, and what is left are seconds of a rank's average step, which add up.
+Of the rounds, each step counts as it was in the one in which it took the median time; then the mean over steps and ranks.
+A disturbance of one turn drops out, and what is left are seconds of a rank's average step, which add up.
 """
 
 from __future__ import annotations
@@ -33,6 +33,13 @@ def typical(figures: np.ndarray) -> float:
     return float(np.median(figures, axis=0).mean())
 
 
+def middle(rounds: Rounds) -> Rounds:
+    """One round made of all: each step from the round in which it took the median time (the lower of two), mean over ranks."""
+    parts = ("step",) if "step" in rounds[0][0][0] else (*OWN, "wait")
+    chosen = np.argsort(seconds(rounds, *parts).mean(axis=1), axis=0)[(len(rounds) - 1) // 2]  # (steps,)
+    return [[[rounds[chosen[s]][rank][s] for s in range(len(chosen))] for rank in range(len(rounds[0]))]]
+
+
 def account(turns: Mapping[str, Any], name: str) -> dict[str, float]:
     """The parts of a step of one launch, in seconds of the average rank: they add up to the measured `step`.
 
@@ -52,10 +59,10 @@ def account(turns: Mapping[str, Any], name: str) -> dict[str, float]:
 
     Where a launch was not measured quiet or alone, those parts are within its own.
     """
-    entry = turns[f"{name}/entry"]
-    quiet = turns.get(f"{name}/quiet", entry)
+    entry, quiet, alone = (middle(turns[key]) if (key := f"{name}/{way}") in turns else None for way in ("entry", "quiet", "alone"))
+    assert entry is not None
+    quiet = quiet or entry
     together = {part: typical(seconds(quiet if part in COMPUTING else entry, part)) for part in OWN}
-    alone = turns.get(f"{name}/alone")
     parts = {part: typical(seconds(alone, part)) for part in OWN} if alone else dict(together)
     parts["contention"] = sum(together.values()) - sum(parts.values())
     wait = seconds(quiet, "wait")
