@@ -266,7 +266,7 @@ def test_every_cell_runs_and_a_lost_session_is_gone_on_with(
     together = shutil.copytree(RESULTS, tmp_path / "together")
     shutil.copytree(kept / "results", together, dirs_exist_ok=True)
     pages = bench_report.pages(bench_report.load(together))
-    assert pages["README.md"].count("(twocpus)") == 3 and "| [A training step on a GPU](single_gpu.md) | " in pages["README.md"]
+    assert pages["README.md"].count("(twocpus)") == 4 and "| [A training step on a GPU](single_gpu.md) (twocpus) | " in pages["README.md"]
     assert "single_gpu-twocpus.png" in pages["single_gpu.md"] and "explain-twocpus.png" in pages["ddp_2gpu.md"]
     # To be read by people: no secret, no bar redrawn a hundred times, no page of one cell's output.
     assert credentials(json.dumps(executed), environment(**local_hub.env)) == [] and local_hub.token not in json.dumps(executed)
