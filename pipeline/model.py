@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from pipeline.config import TrainConfig
+from pipeline.dropout import use_fast_dropout
 from pipeline.errors import UserError
 from pipeline.sources import Source
 
@@ -74,6 +75,7 @@ def build_model(source: Source, config: TrainConfig, label_names: Sequence[str],
     # Stock Trainer believes that a forward with **kwargs divides the loss by the tokens of the global batch, and
     # multiplies losses and gradients by the world size and the accumulation. This model's mean loss wants neither.
     model.accepts_loss_kwargs = False
+    use_fast_dropout(model)
     return model.double() if config.precision == "fp64" else model
 
 

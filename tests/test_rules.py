@@ -17,6 +17,7 @@ LEVELS = [
         "data",
         "sampler",
         "batches",
+        "dropout",
         "metrics",
         "model",
         "topology",
