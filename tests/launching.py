@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -42,8 +46,49 @@ def wait_until(process: subprocess.Popen[str], come: Callable[[], bool], seconds
     """Look until it has come; the process must be running all that time, and not for too long."""
     deadline = time.monotonic() + seconds
     while not come():
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        ended = process.poll()
+        if ended is not None or time.monotonic() > deadline:
+            for member in family(process):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    member.kill()
+            told = f"it had ended with {ended}" if ended is not None else f"it did not come in {seconds} s"
+            try:
+                raise AssertionError(f"{told}: {process.communicate(timeout=30)}")
+            except subprocess.TimeoutExpired as error:  # what it left running holds its output
+                raise AssertionError(f"{told}: {error.stdout!r} {error.stderr!r}") from None
         time.sleep(look)
+
+
+def watch_notes(folder: Path) -> dict[int, dict[str, Any]]:
+    """What the ranks of the run in `folder` tell of themselves (`pipeline/watch.py`); one that is not there yet is missing."""
+    notes = {}
+    for path in (folder / ".watch").glob("rank-*.json"):
+        with contextlib.suppress(OSError):
+            notes[int(path.stem.removeprefix("rank-"))] = json.loads(path.read_text(encoding="utf-8"))
+    return notes
+
+
+def suspend_in_a_step(process: subprocess.Popen[str], folder: Path, checkpoint: int) -> None:
+    """SIGSTOP to rank 1 of two, after the checkpoint; returns when rank 0 waits for it, in a step.
+
+    Not at a checkpoint, where a standstill may rightly last for minutes: there the rank is let go for a moment.
+    """
+
+    def in_a_step() -> bool:
+        return not any(note["slow"] for note in watch_notes(folder).values())
+
+    wait_until(process, lambda: (folder / f"checkpoint-{checkpoint}" / "manifest.json").exists() and in_a_step())
+    for _ in range(20):
+        notes = watch_notes(folder)
+        assert notes.keys() == {0, 1}, f"the run is at its end: {sorted(path.name for path in folder.iterdir())}"
+        os.kill(notes[1]["pid"], signal.SIGSTOP)
+        pulse = watch_notes(folder)[0]["pulse"]
+        wait_until(process, lambda before=pulse: watch_notes(folder)[0]["pulse"] >= before + 2, seconds=20)
+        if in_a_step():
+            return
+        os.kill(notes[1]["pid"], signal.SIGCONT)
+        time.sleep(0.02)
+    raise AssertionError(f"at a checkpoint each time: {watch_notes(folder)}")
 
 
 def family(process: subprocess.Popen[str]) -> list[psutil.Process]:
@@ -64,6 +109,8 @@ def started(arguments: list[str], cwd: Path = ROOT, module: str = "pipeline.laun
     """`python -m MODULE ARGUMENTS` in the background; whatever is left of it at the end of the block is killed."""
     process = subprocess.Popen(
         [sys.executable, "-m", module, *arguments],
+        # What a shell starts in the background, as these tests may be, ignores Ctrl-C, and so would what it starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         cwd=cwd,
         env=environment(**extra),
         text=True,

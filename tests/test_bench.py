@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset
 from launching import launch
 
-from benchmarks import bench, bench_page, bench_report
+from benchmarks import bench, bench_page, bench_report, gpu_step
 from benchmarks.common import RESULTS, provenance
 from pipeline.batches import Collator, training_loader
 from pipeline.config import TrainConfig
@@ -115,7 +115,9 @@ def measured(tiny_model_dir: Path, r8_dir: Path, tmp_path_factory: pytest.TempPa
 def test_both_entries_are_measured_and_learn_the_same(measured: dict[str, Any]) -> None:
     raw, trainer = (measured["runs"][name][0] for name in ("raw, 2 processes", "Trainer, 2 processes"))
     assert raw["weights_sha256"] == trainer["weights_sha256"] and measured["same_weights"] == {"2": True}
-    assert raw["accuracy"] == trainer["accuracy"] and raw["scored"] == 60
+    plain = measured["runs"]["plain loop"][0]
+    assert raw["accuracy"] == trainer["accuracy"] and raw["scored"] == plain["scored"] == 60
+    assert 0 <= plain["accuracy"] <= 1 and plain["config"]["learning_rate"] == raw["config"]["learning_rate"]
     for name in ("padded_share", "steps", "config"):
         assert raw[name] == trainer[name], name
     assert raw["config"]["model"] == Path(raw["config"]["model"]).name, "no folder of this machine"
@@ -148,6 +150,10 @@ def test_pages_are_made_of_the_results(measured: dict[str, Any], tmp_path: Path)
         in pages["ddp_2gpu.md"]
     )
     assert "Not measured: `python -m benchmarks.gpu_step`" in pages["single_gpu.md"]
+    assert "p99 is of 5 and 2 steps a round" in pages["single_gpu.md"] and "not scored" not in pages["single_gpu.md"]
+    unscored = {name: value for name, value in measured["runs"]["plain loop"][0].items() if name not in ("accuracy", "scored")}
+    old = {**measured, "runs": {**measured["runs"], "plain loop": [unscored]}}
+    assert "| not scored |" in bench_report.pages({"bench": old})["single_gpu.md"], "results from before it was"
     gpus = {**measured["provenance"]["hardware"], "gpus": ["Tesla T4", "Tesla T4"]}
     t4 = {**measured, "device": "cuda", "provenance": {**measured["provenance"], "hardware": gpus}}
     both = bench_report.pages(found | {"bench-t4x2": t4})
@@ -179,6 +185,42 @@ def test_pages_are_made_of_the_results(measured: dict[str, Any], tmp_path: Path)
 def test_a_broken_bound_is_told(measured: dict[str, Any]) -> None:
     row = measured["ratios"]["trainer_against_raw"] | {"median": 0.5, "held": False}
     assert "at least 0.95, NOT held" in bench_page.ratio_cell({"ratios": {"trainer_against_raw": row}}, "trainer_against_raw")
+
+
+def test_a_broken_bound_stops_only_the_strict(
+    measured: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ratios = {"trainer_against_raw": measured["ratios"]["trainer_against_raw"] | {"median": 0.5, "held": False}}
+    monkeypatch.setattr(bench.Bench, "measure", lambda _: {**measured, "ratios": ratios})
+    monkeypatch.setattr(bench, "write_results", lambda *_: tmp_path)
+    monkeypatch.setattr(bench.signal, "signal", lambda *_: None)
+    for options, code in (([], 0), (["--strict"], 1)):
+        assert bench.main(["--model", "unused", *options]) == code
+        assert "BOUND BROKEN" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("kernel", "kind"),
+    [
+        ("triton_per_fused_native_layer_norm_3", "torch.compile"),
+        ("triton_poi_fused_gelu_5", "torch.compile"),
+        ("triton_poi_fused__to_copy_add_2", "torch.compile"),
+        ("cpp_fused_native_layer_norm_0", "torch.compile"),
+        ("void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<64, 128, 128, 4>>", "attention"),
+        ("fmha_cutlassF_bf16_aligned_64x64_rf_sm80(PyTorchMemEffAttention::AttentionKernel)", "attention"),
+        ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64_cublas", "matrix products"),
+        ("void cutlass::Kernel2<cutlass_80_tensorop_bf16_s16816gemm_relu_bf16_256x128_32x3_nn_align8>", "matrix products"),
+        ("nvjet_tst_128x256_64x4_1x2_h_bz_coopA_TNT", "matrix products"),
+        ("void at::native::multi_tensor_apply_kernel<FusedOptimizerTensorListMetadata<4>, FusedAdamMathFunctor<float>>", "optimizer"),
+        ("aten::_fused_adamw_", "optimizer"),
+        ("aten::_foreach_norm", "optimizer"),
+        ("Memcpy DtoD (Device -> Device)", "copies"),
+        ("void at::native::unrolled_elementwise_kernel<direct_copy_kernel_cuda>", "copies"),
+        ("void at::native::(anonymous namespace)::vectorized_layer_norm_kernel<float, float>", "other element-wise"),
+    ],
+)
+def test_kernels_are_known_by_their_names(kernel: str, kind: str) -> None:
+    assert kind in gpu_step.kind_of(kernel)
 
 
 def test_a_step_is_taken_apart(tmp_path: Path) -> None:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 from launching import ROOT
+from PIL import Image
 
-from benchmarks import bench_report, crash_test
-from benchmarks.common import RESULTS
+from benchmarks import bench_report, crash_test, scaling_page
+from benchmarks.common import RESULTS, digest, named
 from benchmarks.explain import page as explain_page
-from benchmarks.explain.__main__ import holds
+from benchmarks.explain.__main__ import TIMELINE, holds
 from benchmarks.serving import page as serving_page
+from benchmarks.shards import PICTURE as SHARDS
+
+PICTURES = [*sorted((ROOT / "benchmarks").glob("*.png")), SHARDS, TIMELINE]
 
 
 def results(name: str) -> dict[str, Any]:
@@ -38,6 +43,21 @@ def test_every_picture_of_the_report_is_there() -> None:
     for name, text in bench_report.pages(found).items():
         for picture in (part.split(")")[0] for part in text.split("](")[1:] if ".png)" in part):
             assert (ROOT / "benchmarks" / picture).is_file(), f"{name} shows {picture}"
+
+
+@pytest.mark.parametrize("picture", PICTURES, ids=lambda path: path.stem)
+def test_a_picture_is_that_of_the_results(picture: Path) -> None:
+    kind, _, label = picture.stem.partition("-")
+    source = named("bench" if kind in ("single_gpu", "ddp_2gpu") else kind, label)
+    with Image.open(picture) as image:
+        assert image.info.get("Description") == digest(results(source)), f"{picture.name} was not drawn from {source}.json as it is"
+
+
+def test_the_sentences_are_those_of_the_results() -> None:
+    found = bench_report.load(RESULTS)
+    for kind, module in (("explain", explain_page), ("scaling", scaling_page)):
+        for label, one in bench_report.labelled(found, kind).items():
+            assert one["sentence"] == module.sentence(one), named(kind, label)
 
 
 def test_what_was_measured_says_whether_it_holds() -> None:

@@ -125,4 +125,5 @@ def test_interleaved_figures_and_their_ratio() -> None:
     figures = interleave({name: variant(name) for name in "abc"}, rounds=3)
     assert order == list("abcbcacab"), "each round begins with another variant"
     assert all(len(values) == 3 and all(x < y for x, y in pairwise(values)) for values in figures.values())
+    assert [len(v) for v in interleave({"a": lambda: 1.0}, rounds=3, minutes=0).values()] == [1], "the first round is measured at any speed"
     assert ratio([2, 4, 9], [1, 2, 3]) == {"median": 2.0, "lowest": 2.0, "highest": 3.0}

@@ -12,23 +12,22 @@ from pathlib import Path
 
 import psutil
 import pytest
-from launching import ROOT, alive, family, launch, started
+from launching import ROOT, alive, family, launch, started, wait_until
+
+from pipeline.quickstart import GRACE_SECONDS
 
 
 def test_ctrl_c_in_the_middle_ends_everything(tmp_path: Path, encoder_dir: Path) -> None:
     with started([str(tmp_path / "quick")], module="pipeline.quickstart") as process:
-        deadline = time.monotonic() + 200
-        workers: list[psutil.Process] = []
-        members: list[psutil.Process] = []
-        while len(workers) < 2:
-            assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-            members = family(process)
-            workers = [p for p in alive(members) if "--hub_repo" in (line := _command(p)) and "pipeline.launch" not in line]
-            time.sleep(0.2)
+
+        def workers() -> list[psutil.Process]:
+            return [p for p in alive(family(process)) if "--hub_repo" in (line := _command(p)) and "pipeline.launch" not in line]
+
+        wait_until(process, lambda: len(workers()) >= 2, seconds=200, look=0.2)
         time.sleep(6)  # into the workers' imports and on; each moment must do
         members = family(process)
         process.send_signal(signal.SIGINT)
-        process.communicate(timeout=60)
+        process.communicate(timeout=2 * GRACE_SECONDS + 40)  # each child may need its grace
     assert process.returncode == 130
     assert len(members) >= 5, "quickstart, Hub, launcher, two workers"
     psutil.wait_procs(members, timeout=10)

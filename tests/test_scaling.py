@@ -83,5 +83,8 @@ def test_the_page_says_that_it_predicts(tmp_path: Path) -> None:
     results = predict(explained(0.5), faster=100)
     text = scaling_page.section(results)
     assert text.startswith("## More ranks: predictions") and "**Predictions**" in text and "which nobody measured" in text
+    assert "of the other buckets 50% of the time is hidden under backward" in text
+    worse = scaling_page.section(predict(explained(-0.5), faster=100))
+    assert "none is hidden: talking under backward takes 1.5 times as long" in worse
     scaling_page.plot(results | provenance(), tmp_path / "scaling.png")
     assert (tmp_path / "scaling.png").stat().st_size > 20_000

@@ -11,7 +11,7 @@ from typing import Any
 
 import psutil
 import pytest
-from launching import alive, error_lines, family, launch, short_run, started, wait_until
+from launching import alive, error_lines, family, launch, short_run, started, suspend_in_a_step, wait_until
 
 SETTINGS = """
 validation_share: 0.05
@@ -121,10 +121,7 @@ def test_two_processes_then_one_then_two(workshop: Path) -> None:
     at = whole_steps(folder)[-1]
     # One process is the entry itself, without a launcher.
     with started(arguments(workshop, "", "elastic", *options)[1:], module="pipeline.train_ddp") as process:
-        deadline = time.monotonic() + 120
-        while whole_steps(folder)[-1] == at:
-            assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1]
-            time.sleep(0.01)
+        wait_until(process, lambda: whole_steps(folder)[-1] != at)
         process.send_signal(signal.SIGTERM)
         _, err = process.communicate(timeout=60)
     assert process.returncode == 75, err
@@ -159,12 +156,12 @@ def test_a_hung_rank_is_named_and_the_others_end(workshop: Path) -> None:
     ended: list[float] = []
 
     def freeze(process: Any, ranks: dict[int, psutil.Process]) -> None:
-        ranks[1].send_signal(signal.SIGSTOP)
+        suspend_in_a_step(process, workshop / "hung", 25)
         began = time.monotonic()
         psutil.wait_procs([ranks[0]], timeout=60)
         ended.append(time.monotonic() - began)
 
-    code, _, err = interrupt(workshop, "train-ddp", "hung", freeze)
+    code, _, err = interrupt(workshop, "train-ddp", "hung", freeze, delay=0)
     assert ended[0] < 60 and code == 70, err
     lines = [line for line in err.splitlines() if line.startswith("error")]
     assert len(lines) == 1 and "rank 1 on" in lines[0] and "--hang_seconds" in lines[0], err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
@@ -16,7 +17,7 @@ from typing import Any
 
 import psutil
 import pytest
-from launching import ROOT, environment, launch, short_run, wait_until
+from launching import ROOT, environment, launch, short_run, suspend_in_a_step, wait_until, watch_notes
 from two_nodes import ADDRESSES, HOSTS, PORT, Nodes, two_nodes
 
 from pipeline import checkpoint
@@ -77,9 +78,12 @@ def begin(nodes: Nodes, workshop: Path, launcher: list[str], module: str, name: 
 
 def finish(workshop: Path, name: str, running: list[subprocess.Popen[str]], seconds: float = 120) -> list[str]:
     """Wait for both; returns what each printed."""
-    for process in running:
-        process.wait(seconds)
-    return [(workshop / f"{name}-{node}.log").read_text(encoding="utf-8") for node in (0, 1)]
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        for process in running:
+            process.wait(seconds)
+    printed = [(workshop / f"{name}-{node}.log").read_text(encoding="utf-8") for node in (0, 1)]
+    assert all(process.poll() is not None for process in running), f"not at an end after {seconds} s: {printed}"
+    return printed
 
 
 def same(record: dict[str, Any], other: dict[str, Any]) -> None:
@@ -113,20 +117,21 @@ def test_a_machine_is_lost_and_comes_back(nodes: Nodes, workshop: Path, one_mach
     """The cable goes first, so that no connection is closed in order: nothing tells the first machine but the watch."""
     folder = workshop / "lost"
     running = begin(nodes, workshop, TORCHRUN, "pipeline.train_ddp", "lost")
-    deadline, hosts = time.monotonic() + 120, set()
-    while not (folder / "checkpoint-10" / "manifest.json").exists():
-        assert all(process.poll() is None for process in running) and time.monotonic() < deadline, finish(workshop, "lost", running)
-        for path in (folder / ".watch").glob("rank-*.json"):
-            hosts.add(json.loads(path.read_text(encoding="utf-8"))["host"])
-        time.sleep(0.02)
+    try:
+        suspend_in_a_step(running[0], folder, 10)
+    except AssertionError as error:
+        raise AssertionError([(workshop / f"lost-{node}.log").read_text(encoding="utf-8") for node in (0, 1)]) from error
+    hosts = [note["host"] for _, note in sorted(watch_notes(folder).items())]
     nodes.plug(1, "down")
-    nodes.kill(1)
-    began = time.monotonic()
-    running[0].wait(90)
-    seconds = time.monotonic() - began
-    nodes.plug(1, "up")
-    printed = finish(workshop, "lost", running)
-    assert hosts == set(HOSTS)
+    try:
+        nodes.kill(1)
+        assert running[0].poll() is None, "it was still at work when the other was lost"
+        began = time.monotonic()
+        printed = finish(workshop, "lost", running)
+        seconds = time.monotonic() - began
+    finally:
+        nodes.plug(1, "up")
+    assert hosts == list(HOSTS)
     assert running[0].returncode != 0 and seconds < 60, printed[0]
     assert "error: no progress for" in printed[0] and "rank 1 on node-1" in printed[0], printed[0]
     assert not (folder / "run.json").exists(), "it was lost in mid-run"
