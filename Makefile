@@ -100,10 +100,10 @@ predict: $(VENV)/.requirements ## Label a file without a server (MODEL=, INPUT=,
 serve: $(VENV)/.requirements ## The API and its page (MODEL=user/repo REVISION=tag-or-sha)
 	@$(PY) -m serve $(if $(MODEL),--model "$(MODEL)") $(if $(REVISION),--revision "$(REVISION)") $(ARGS)
 
-test: $(VENV)/.requirements-dev ## The tests, some 15 minutes on 2 cores
+test: $(VENV)/.requirements-dev ## The tests, 25 to 40 minutes on 2 cores
 	@$(PY) -m pytest -n 2 --dist loadfile -m "not slow" $(ARGS)
 
-test-all: $(VENV)/.requirements-dev ## All tests, with every kill of the crash test: some 45 minutes on 2 cores
+test-all: $(VENV)/.requirements-dev ## All tests, the slow ones and every kill of the crash test too
 	@$(PY) -m pytest -n 2 --dist loadfile -m "not slow" $(ARGS)
 	@$(PY) -m pytest -m slow $(ARGS) || test $$? = 5 # 5: ARGS left no slow test
 

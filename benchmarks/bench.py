@@ -7,14 +7,16 @@
 
 Every configuration is launched as a user launches it, on the GPUs that are there, else on the CPU; once a round, each round
 beginning with another one. Absolute speeds of a shared machine swing by a factor of two, so what is concluded are ratios
-within a round. The matrix-multiply peak is measured in the same rounds. `make bench-report` makes the pages of it. Exit
-code 1: a bound was not held (a quick look is too short to judge).
+within a round. The matrix-multiply peak is measured in the same rounds. Where the machine is so slow that a round more would
+not end within 15 minutes, it is left out; --rounds takes as many as it says. `make bench-report` makes the pages of it.
+A bound that is not held is said here and on the page; only with --strict is the exit code then 1 (a noisy machine breaks some).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 import signal
@@ -24,7 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,7 @@ from pipeline.speed import training_flops
 
 PLAIN, MATMUL = "plain loop", "matrix multiply"
 ROWS = 32  # a step
+LEARNING_RATE = "2e-4"  # with which so few steps learn something, so that the accuracy means something
 # Name -> entry, processes, further options. One thread: what a process is given when two share two cores.
 CONFIGURATIONS: dict[str, tuple[str, int, tuple[str, ...]]] = {
     "raw, 1 process": ("raw", 1, ()),
@@ -58,7 +61,8 @@ RATIOS = {
     "two_against_one_trainer": ("Trainer, 2 processes", "Trainer, 1 process", None),
     "two_against_one_thread": ("raw, 2 processes", "raw, 1 process of 1 thread", None),
 }
-CHECKPOINT_BOUND = 0.03
+CHECKPOINT_BOUND, CHECKPOINT_STEPS = 0.03, 50  # share of the seconds, where one is written every so many steps
+MINUTES = 14.5  # a round more is begun only if it ends within them; the rest is for reading the texts
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,7 @@ class Scale:
     test_rows: int
     rounds: int
     names: tuple[str, ...] = tuple(CONFIGURATIONS)
+    minutes: float = MINUTES
 
 
 FULL, QUICK = Scale(24, 8, 200, 3), Scale(8, 5, 40, 1)
@@ -81,9 +86,10 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--dataset", default=os.environ.get("AG_NEWS_DIR", "fancyzhx/ag_news"), help="AG News: Hub id or folder.")
     parser.add_argument("--model", help="Encoder: Hub id or folder (default: all-MiniLM-L6-v2 from the package registry).")
-    parser.add_argument("--rounds", type=int, help=f"Default {FULL.rounds}; --quick {QUICK.rounds}.")
+    parser.add_argument("--rounds", type=int, help=f"Default at most {FULL.rounds}; --quick {QUICK.rounds}.")
     parser.add_argument("--quick", action="store_true", help="Few steps, to outputs/bench.")
     parser.add_argument("--label", default="", help="Name of another machine, such as t4x2: a file of its own.")
+    parser.add_argument("--strict", action="store_true", help="Exit code 1 where a bound is not held.")
     options = parser.parse_args(argv)
     scale = QUICK if options.quick else FULL
     rounds = scale.rounds if options.rounds is None else options.rounds
@@ -95,13 +101,13 @@ def main(argv: list[str]) -> int:
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     model = options.model or str(fetch().encoder)
     names = tuple(n for n in scale.names if not gpus or (n not in CPU_ONLY and CONFIGURATIONS[n][1] <= gpus))
-    scale = Scale(scale.steps, scale.plain_steps, scale.test_rows, rounds, names)
+    scale = replace(scale, rounds=rounds, names=names, minutes=MINUTES if options.rounds is None else math.inf)
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         results = Bench(model, options.dataset, scale, Path(folder), "cuda" if gpus else "cpu").measure()
     print(f"written to {write_results(name, results, ROOT / 'outputs' / 'bench' if options.quick else None)}")
     for name, row in results["ratios"].items():
         print(f"{name:26} {row['median']:.3f} ({row['lowest']:.3f} to {row['highest']:.3f}){'' if row['held'] else '  BOUND BROKEN'}")
-    return 0 if options.quick or all(row["held"] for row in results["ratios"].values()) else 1
+    return int(options.strict and not all(row["held"] for row in results["ratios"].values()))
 
 
 @dataclass
@@ -120,21 +126,15 @@ class Bench:
         """What becomes results/bench*.json, without provenance."""
         began = time.monotonic()
         test, lengths = self.write_test_rows(), self.count_lengths()
-        variants: dict[str, Callable[[], float]] = {MATMUL: self.matmul, PLAIN: self.plain}
+        variants: dict[str, Callable[[], float]] = {MATMUL: self.matmul, PLAIN: lambda: self.plain(test)}
         variants |= {name: self.entry(name, test) for name in self.scale.names}
-        progress = tqdm(total=self.scale.rounds * len(variants), desc="measuring", unit="run", dynamic_ncols=True)
-
-        def told(name: str, once: Callable[[], float]) -> Callable[[], float]:
-            def run() -> float:
-                progress.set_description(name)
-                figure = once()
-                progress.update()
-                return figure
-
-            return run
-
-        figures = interleave({name: told(name, once) for name, once in variants.items()}, self.scale.rounds)
-        progress.close()
+        with tqdm(total=self.scale.rounds * len(variants), desc="measuring", unit="run", dynamic_ncols=True) as bar:
+            figures = interleave(variants, self.scale.rounds, self.scale.minutes, bar=bar)
+        rounds = len(figures[MATMUL])
+        if rounds < self.scale.rounds:
+            print(
+                f"{rounds} of {self.scale.rounds} rounds: one more would not have ended within {self.scale.minutes:g} minutes (--rounds takes them all)"
+            )
         amx = "amx_bf16" in provenance()["provenance"]["hardware"]["cpu_flags"]
         ratios: dict[str, dict[str, Any]] = {}
         for name, (above, below, bound) in RATIOS.items():
@@ -158,7 +158,7 @@ class Bench:
             "dataset_rows": self.rows,
             "device": self.device,
             "interconnect": interconnect(self.device),
-            "settings": {"rows_a_step": ROWS, "steps": self.scale.steps, "plain_steps": self.scale.plain_steps, "rounds": self.scale.rounds,
+            "settings": {"rows_a_step": ROWS, "steps": self.scale.steps, "plain_steps": self.scale.plain_steps, "rounds": rounds,
                          "test_rows": self.scale.test_rows, "max_length": TrainConfig.max_length},
             "lengths": lengths,
             "minutes_in_all": round((time.monotonic() - began) / 60, 1),
@@ -212,10 +212,9 @@ class Bench:
         def once() -> float:
             runs = self.runs.setdefault(name, [])
             folder = self.work / f"{name.replace(', ', '-').replace(' ', '-')}-{len(runs)}"
-            # A learning rate with which so few steps learn something, so that the accuracy means something.
             common = ("configs/ag_news.yaml", "--model", self.model, "--dataset", self.dataset, "--test_file", str(test),
-                      "--validation_share", "0.02", "--max_train_samples", str(self.scale.steps * ROWS), "--max_steps", str(self.scale.steps),
-                      "--learning_rate", "2e-4", "--onnx", "false")  # fmt: skip
+                      "--validation_share", "0.005", "--max_train_samples", str(self.scale.steps * ROWS), "--max_steps", str(self.scale.steps),
+                      "--learning_rate", LEARNING_RATE, "--onnx", "false")  # fmt: skip
             launch = Launch(kind, processes, folder, (*common, *options), self.device)
             _, record, seconds = next(iter(run_all([launch], self.environment(processes), slots=1)))
             runs.append(self.figures(record) | {"seconds_in_all": round(seconds, 1)})
@@ -229,18 +228,18 @@ class Bench:
         for name in ("output_dir", "test_file"):
             config.pop(name)
         config |= {"model": Path(self.model).name, "dataset": Path(self.dataset).name}
-        trained = record["train_seconds"] - record["pauses"]["validation"]
+        speed, checkpoint = record["speed"], record["pauses"]["checkpoint"]  # a run writes one, with its manifest
         return {
-            **record["speed"], "topology": record["topology"], "batch": record["batch"], "config": config,
+            **speed, "topology": record["topology"], "batch": record["batch"], "config": config,
             "accuracy": record["test"]["accuracy"], "scored": record["test"]["examples"], "weights_sha256": record["weights_sha256"],
-            # One checkpoint with its manifest a run. Each run's own clock, so no other run's noise is in it.
-            "checkpoint_share": record["pauses"]["checkpoint"] / trained,
+            # By each run's own clock, so no other run's noise is in it.
+            "checkpoint_share": checkpoint / (checkpoint + CHECKPOINT_STEPS * speed["seconds"] / speed["steps"]),
         }  # fmt: skip
 
-    def plain(self) -> float:
-        """The tutorial's loop, of which only the speed is of interest: it takes fewer steps and is not scored."""
+    def plain(self, test: Path) -> float:
+        """The tutorial's loop. It is slow, so it takes fewer steps."""
         done = self.program("benchmarks.plain_loop", "--model", self.model, "--dataset", self.dataset, "--steps", str(self.scale.plain_steps),
-                            "--device", self.device)  # fmt: skip
+                            "--device", self.device, "--learning_rate", LEARNING_RATE, "--test_file", str(test))  # fmt: skip
         from transformers import AutoConfig, AutoModelForSequenceClassification
 
         with torch.device("meta"):  # shapes without weights: enough to count
@@ -254,6 +253,7 @@ class Bench:
             "flops_per_second": training_flops(model, done["tokens"], done["squares"]) / total,
             "flops_per_second_with_padding": training_flops(model, done["padded_tokens"], done["padded_squares"]) / total,
             "topology": {"world_size": 1, "device": self.device, "precision": "fp32", "threads": done["threads"]}, "config": done["config"],
+            "accuracy": done["accuracy"], "scored": done["scored"],
         })  # fmt: skip
         return self.runs[PLAIN][-1]["samples_per_second"]
 

@@ -10,7 +10,8 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from benchmarks.bench import MATMUL, PLAIN
-from benchmarks.common import caption, machine, provenance_lines
+from benchmarks.common import caption, machine, provenance_lines, save
+from pipeline.speed import FIRST_STEPS
 
 NOT = "not measured"
 SINGLE = (PLAIN, "raw, 1 process", "Trainer, 1 process")
@@ -30,7 +31,7 @@ RATIOS = {
     "two_against_one_thread": "2 processes of 1 thread against 1 of 1 thread, raw script: what a second core brings",
     "two_against_one": "2 processes against 1, raw script, the same cores (one GPU each where there are GPUs)",
     "two_against_one_trainer": "2 processes against 1, Trainer, the same",
-    "checkpoint_share": "One checkpoint with its manifest a run: share of the training loop's seconds, 2 processes",
+    "checkpoint_share": "A checkpoint with its manifest every 50 steps, from the one measured in each run: share of the seconds, 2 processes",
 }
 # Machines that have a column though nobody has measured on them: label -> name, options.
 AWAITED = {"t4x2": ("2x T4 (Kaggle)", "--label t4x2 --model distilbert/distilbert-base-uncased")}
@@ -124,7 +125,7 @@ def about(results: Mapping[str, Any]) -> list[str]:
     return [
         provenance_lines(results),
         f"{settings['rounds']} round{'s' * (settings['rounds'] > 1)} in turns; an entry takes {settings['steps']} steps of {settings['rows_a_step']} rows, the plain loop "
-        f"{settings['plain_steps']}, and the first 3 of each are not counted; {results['minutes_in_all']} minutes in all. {results['model']} on AG News (drawn from {results['dataset_rows']['train']:,} training rows), at most {settings['max_length']} "
+        f"{settings['plain_steps']}, and the first {FIRST_STEPS} of each are not counted: p99 is of {settings['steps'] - FIRST_STEPS} and {settings['plain_steps'] - FIRST_STEPS} steps a round, so nearly the slowest one; {results['minutes_in_all']} minutes in all. {results['model']} on AG News (drawn from {results['dataset_rows']['train']:,} training rows), at most {settings['max_length']} "
         f"tokens. Ranks talk through {results['interconnect']}. Matrix-multiply peak of {where}, measured in the same rounds, to which all shares refer: {rates}.",
     ]
 
@@ -165,4 +166,4 @@ def plot(results: Mapping[str, Any], names: Sequence[str], path: Path) -> None:
         ha="left",
     )
     caption(figure, results)
-    figure.savefig(path, dpi=150, facecolor="white", metadata={"Software": None})
+    save(figure, path, results, dpi=150, facecolor="white")

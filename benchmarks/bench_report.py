@@ -18,9 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.bench_page import DOUBLE, NOT, RATIOS, SINGLE, about, details, how_to_measure, plot, side_by_side
-from benchmarks.common import RESULTS, ROOT, machine, named
+from benchmarks.common import RESULTS, ROOT, machine, named, ratio
 from benchmarks.gpu_step import section as gpu_section
 from benchmarks.serving import page as serving
+from benchmarks.serving.servers import SERVERS
+from benchmarks.serving.targets import PEERS, best
 from pipeline.errors import UserError, run_entry
 
 README = ROOT / "README.md"
@@ -88,7 +90,7 @@ def single_gpu(found: Mapping[str, dict[str, Any]]) -> str:
         "A run writes the same figures under `speed` in its `run.json`. FLOP/s: 6 x matrix parameters x tokens + 12 x layers x width x squared lengths "
         "(Chowdhery et al. 2022, PaLM, appendix B), embedding tables left out, once for the tokens of the texts and once for all that were "
         "computed; the peak is a large matrix product in the same type. Padding: share of the computed tokens that are none. A step's time is "
-        "that between the ends of steps (a GPU is not waited for at each, so there only their sum is exact). The accuracy is that of so few steps at learning rate 2e-4: to compare entries, not to admire.",
+        "that between the ends of steps (a GPU is not waited for at each, so there only their sum is exact). The accuracy is that of so few steps at learning rate 2e-4, in the plain loop of fewer still: to compare entries, not to admire.",
         "",
     ]
     lines += [line for results in labelled(found, "gpu_step").values() for line in (*gpu_section(results), "")] or gpu_section(None)
@@ -100,7 +102,7 @@ def ddp_2gpu(found: Mapping[str, dict[str, Any]]) -> str:
     ratios = [name for name in RATIOS if name not in ("defaults_against_plain", "trainer_against_raw_1")]
     lines = ["# Two processes, on two GPUs or on two cores", ""]
     lines += [
-        "Written by `make bench-report` from [results](results); medians of rounds taken in turns, the lowest and highest in brackets.",
+        "Written by `make bench-report` from [results](results); in the first tables medians of rounds taken in turns, the lowest and highest in brackets.",
         "",
     ]
     lines += [*side_by_side(known, DOUBLE, ratios), "", *how_to_measure(known), ""]
@@ -186,9 +188,13 @@ def _crash(results: Mapping[str, Any]) -> str:
 
 def _serve(results: Mapping[str, Any]) -> str:
     cells = results["parts"]["table"]["cells"]
-    at = statistics.median(cells["ours"]["32"]["throughput"])
-    naive = statistics.median(cells["naive"]["32"]["throughput"])
-    return f"{at:.0f} answers a second at 32 connections, {at / naive:.1f}x a naive server"
+    rates = {name: row["32"]["throughput"] for name, row in cells.items()}
+    peer = best(results, PEERS, 32) or "naive"
+    over, naive = (ratio(rates["ours"], rates[name])["median"] for name in (peer, "naive"))
+    return (
+        f"{statistics.median(rates['ours']):.0f} answers a second at 32 connections: {over:.2f}x the best peer ({SERVERS[peer].title}), "
+        f"{naive:.1f}x a naive server"
+    )
 
 
 def _soak(results: Mapping[str, Any]) -> str:
@@ -219,6 +225,10 @@ def _rehearsal(results: Mapping[str, Any]) -> str:
 
 def _page_start(results: Mapping[str, Any]) -> str:
     return f"first answer {results['first_seconds']['median']:.1f} s after opening the page with files at hand, a further one {results['further_seconds']['median']:.2f} s"
+
+
+def _lab(results: Mapping[str, Any]) -> str:
+    return f"{len(results['experiments'])} experiments, each run broken and cured"
 
 
 def _own(key: str) -> Callable[[Mapping[str, Any]], str]:
@@ -266,6 +276,7 @@ HEADLINES: dict[str, tuple[str, str, str, Callable[[Mapping[str, Any]], str]]] =
     "crash_test": ("crash_test.md", "Killed and started again", "make crash-test", _crash),
     "bench_serve": ("bench_serve.md", "Serving beside other servers", "make bench-serve", _serve),
     "soak": ("soak.md", "The service while everything happens to it", "make soak SOAK=full", _soak),
+    "lab": ("../docs/lab.md", "Distributed training broken on purpose", "python -m pipeline.lab --all --page", _lab),
 }
 
 
@@ -276,7 +287,7 @@ def with_results(readme: str, found: Mapping[str, dict[str, Any]]) -> str:
     known = machines(found)
     ratios = ("defaults_against_plain", "trainer_against_raw", "two_against_one_thread", "two_against_one")
     names = (*SINGLE, *(name for name in DOUBLE if "2 processes" in name))
-    table = [*side_by_side(known, names, ratios), "", f"Medians of rounds in turns, lowest and highest in brackets; made by `{COMMAND}`: "
+    table = [*side_by_side(known, names, ratios), "", f"In the table, medians of rounds in turns, lowest and highest in brackets. Made by `{COMMAND}`: "
              "[one process](benchmarks/single_gpu.md), [two](benchmarks/ddp_2gpu.md), [all that was measured](benchmarks/README.md).", *how_to_measure(known)]  # fmt: skip
     before, rest = readme.split(BEGIN, 1)
     return before + BEGIN + "\n" + text(table) + END + rest.split(END, 1)[1]

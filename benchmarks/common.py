@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
+import math
 import os
+import random
 import re
 import statistics
 import subprocess
@@ -14,9 +17,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
+from tqdm.auto import tqdm
 
 from pipeline.checkpoint import write_json
 from pipeline.errors import UserError
@@ -25,6 +29,7 @@ from pipeline.topology import allowed_cores
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+T = TypeVar("T")
 GRACE_SECONDS = 40  # the launcher itself gives its workers 30 s
 
 # What a user types for each entry and number of processes; `pipeline.launch` takes the launch files of the device.
@@ -120,16 +125,29 @@ def end(process: subprocess.Popen[str]) -> None:
         member.kill()
 
 
-def interleave(variants: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+def interleave(
+    variants: Mapping[str, Callable[[], T]], rounds: int, minutes: float = math.inf, order: random.Random | None = None,
+    bar: tqdm[Any] | None = None,
+) -> dict[str, list[T]]:  # fmt: skip
     """Measure every variant once per round, each round beginning with another one; returns figures by variant, `(rounds,)`.
 
-    Taken in turns, so that a machine that grows slow in between is slow for all of them.
+    Taken in turns, so that a machine that grows slow in between is slow for all of them. With an `order`, each round has one
+    of its own: what slows the machine down for half a minute meets other variants each time. After the first, a round is
+    begun only if one as long as the longest so far ends within `minutes` of the start. `bar` is moved on, and told the name.
     """
-    figures: dict[str, list[float]] = {name: [] for name in variants}
-    names = list(variants)
+    figures: dict[str, list[T]] = {name: [] for name in variants}
+    names, start, longest = list(variants), time.monotonic(), 0.0
     for i in range(rounds):
-        for name in names[i % len(names) :] + names[: i % len(names)]:
+        began = time.monotonic()
+        if i and began - start + longest > 60 * minutes:
+            break
+        for name in order.sample(names, len(names)) if order else names[i % len(names) :] + names[: i % len(names)]:
+            if bar is not None:
+                bar.set_description(name)
             figures[name].append(variants[name]())
+            if bar is not None:
+                bar.update()
+        longest = max(longest, time.monotonic() - began)
     return figures
 
 
@@ -174,6 +192,17 @@ def caption(figure: Any, results: Mapping[str, Any]) -> None:
     height = 0.2 / figure.get_figheight()  # inches
     figure.get_layout_engine().set(rect=(0, 0, 1, 1 - height))
     figure.text(0.99, 1 - 0.3 * height, words, fontsize=7, color="#7b8794", ha="right", va="top")
+
+
+def digest(results: Mapping[str, Any]) -> str:
+    """Names results, whatever the order of their keys."""
+    return hashlib.sha256(json.dumps(results, sort_keys=True).encode()).hexdigest()
+
+
+def save(figure: Any, path: Path, results: Mapping[str, Any], **style: Any) -> None:
+    """Write a picture with the digest of the results it was drawn from, by which a test finds a stale one, and no time of making."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Software": None, "Description": digest(results)}, **style)
 
 
 def provenance_lines(results: Mapping[str, Any]) -> str:

@@ -40,9 +40,10 @@ WARMUP, CLASSES = 5, 4
 HALF = 0.5
 # Kernels by what they are for; the first pattern that fits counts. Names are those of cuBLAS, CUTLASS, torch and Triton.
 KINDS = {
+    "norms, activations and dropout fused by torch.compile": r"^(triton|cpp)_",  # Inductor's, named after all that they fuse
     "attention": r"flash|fmha|attention|softmax",
     "matrix products": r"gemm|cutlass|cublas|nvjet|wgmma|splitk|aten::(mm|addmm|bmm|baddbmm)|mkldnn_linear",
-    "optimizer and clipping": r"adam|multi_tensor|foreach|_fused_",
+    "optimizer and clipping": r"adam|multi_tensor|foreach",
     "copies and conversions": r"memcpy|memset|copy",
     "norms, activations, dropout and other element-wise work": r".",
 }
@@ -82,6 +83,10 @@ def lengths_of_ag_news() -> np.ndarray:
         raise UserError(f"{path} is not there, which has the lengths of AG News. Measure it first: make bench.")
     counts = json.loads(path.read_text(encoding="utf-8"))["lengths"]
     return np.repeat(np.arange(1, len(counts) + 1), counts)
+
+
+def kind_of(kernel: str) -> str:
+    return next(kind for kind, pattern in KINDS.items() if re.search(pattern, kernel, flags=re.IGNORECASE))
 
 
 class Step:
@@ -208,8 +213,9 @@ class Step:
         events: EventList = seen.key_averages()
         parts = dict.fromkeys(KINDS, 0.0)
         for event in events:
-            seconds = (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e6
-            parts[next(kind for kind, pattern in KINDS.items() if re.search(pattern, event.key, flags=re.IGNORECASE))] += seconds / total
+            if not event.is_user_annotation:  # a span drawn around kernels that are events themselves
+                seconds = (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e6
+                parts[kind_of(event.key)] += seconds / total
         return parts | {"idle": max(0.0, 1 - sum(parts.values()))}
 
 

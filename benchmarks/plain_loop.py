@@ -4,7 +4,7 @@
 
 Written on its own, with nothing of pipeline/, so that it is what it says. Prints one line of JSON, of the steps after the
 first three, which load code and fill caches: rows, their tokens, those computed with padding, the squares of both row by row,
-the seconds of each step, and the peak of memory.
+the seconds of each step, and the peak of memory; with --test_file also the accuracy on its rows, scored after all steps.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import json
 import re
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import load_dataset
@@ -32,6 +33,8 @@ def main() -> None:
     parser.add_argument("--max_length", type=int, default=128)
     parser.add_argument("--threads", type=int, default=0, help="0: torch's own choice.")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--learning_rate", type=float, default=2e-5)
+    parser.add_argument("--test_file", help="Rows to score at the end: JSON lines with text and the label's name.")
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
@@ -42,10 +45,10 @@ def main() -> None:
         lambda row: tokenizer(row["text"], padding="max_length", truncation=True, max_length=arguments.max_length), batched=True
     )
     rows.set_format("torch", columns=["input_ids", "attention_mask", "label"])
-    classes = rows.features["label"].num_classes
-    model = AutoModelForSequenceClassification.from_pretrained(arguments.model, num_labels=classes, dtype=torch.float32)
+    names = rows.features["label"].names
+    model = AutoModelForSequenceClassification.from_pretrained(arguments.model, num_labels=len(names), dtype=torch.float32)
     model.to(arguments.device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-5, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.learning_rate, weight_decay=0.01)
     model.train()
     seconds: list[float] = []
     tokens = squares = 0
@@ -70,7 +73,25 @@ def main() -> None:
     done = len(seconds) * arguments.batch_size
     print(json.dumps({"rows": done, "tokens": tokens, "squares": squares, "padded_tokens": done * arguments.max_length, "padded_squares": done * arguments.max_length**2,
                       "step_seconds": seconds, "peak_memory_gib": memory, "threads": torch.get_num_threads(),
-                      "config": {"batch_size": arguments.batch_size, "max_length": arguments.max_length, "learning_rate": 2e-5, "weight_decay": 0.01}}))  # fmt: skip
+                      "config": {"batch_size": arguments.batch_size, "max_length": arguments.max_length, "learning_rate": arguments.learning_rate, "weight_decay": 0.01},
+                      **(score(model, tokenizer, names, arguments) if arguments.test_file else {})}))  # fmt: skip
+
+
+@torch.no_grad()
+def score(model: Any, tokenizer: Any, names: list[str], arguments: argparse.Namespace) -> dict[str, Any]:
+    """Accuracy on the test rows, padded as in training."""
+    model.eval()
+    with Path(arguments.test_file).open(encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    right = 0
+    for i in range(0, len(rows), arguments.batch_size):
+        some = rows[i : i + arguments.batch_size]
+        texts = [row["text"] for row in some]
+        batch = tokenizer(texts, padding="max_length", truncation=True, max_length=arguments.max_length, return_tensors="pt")
+        batch = batch.to(arguments.device)
+        guesses = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.argmax(1).tolist()
+        right += sum(names[guess] == row["label"] for guess, row in zip(guesses, some, strict=True))
+    return {"accuracy": right / len(rows), "scored": len(rows)}
 
 
 if __name__ == "__main__":

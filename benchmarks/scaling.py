@@ -170,6 +170,8 @@ def predict(explained: Mapping[str, Any], faster: float) -> dict[str, Any]:
         "measured": {"ranks": ranks, "link": name, "global batch": explained["speedup"]["measured"]["median"] / ranks,
                      "rows per rank": share_alone / many["step"]},
         "held_out": held_out(explained, here),
+        "fit": {"bytes": explained["link"]["bytes"][-1],
+                "error": here.all_reduce(explained["link"]["bytes"][-1], ranks) / explained["link"]["float32"][-1] - 1},
         "from": {"date": explained["date"], "provenance": explained["provenance"], "about": about},
     }  # fmt: skip
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import caption, named, provenance_lines
+from benchmarks.common import caption, named, provenance_lines, save
 from benchmarks.explain.page import label
 
 
@@ -38,7 +38,8 @@ def section(results: Mapping[str, Any], machine: str = "") -> str:
         f"`python -m benchmarks.scaling` has the formula. What goes into it: {model['per_row'] * 1e3:.2f} ms a row, "
         f"{model['fixed'] * 1e3:.1f} ms a batch and {model['once'] * 1e3:.1f} ms a step; {sum(model['buckets']) / 1e6:.0f} MB of gradients, "
         f"{model['buckets'][-1] / 1e6:.0f} MB of them in the last bucket; of the other buckets {_hidden(model['hidden'])}; "
-        f"{here}: {links[here]['latency'] * 1e6:.0f} µs and {links[here]['bandwidth'] / 1e9:.2f} GB/s.",
+        f"{here}: {links[here]['latency'] * 1e6:.0f} µs and {links[here]['bandwidth'] / 1e9:.2f} GB/s, "
+        f"{results['fit']['error']:+.0%} off for the {results['fit']['bytes'] / 2**20:.0f} MiB timed.",
         "",
         f"A rank here is {label({**source['about'], 'processes': 1})}, so slow that most links look alike; the lower half assumes ranks that compute "
         f"{results['curves'][-1]['faster']:g} times as fast, which nobody measured. The links are at their line rates, each rank has one of its own.",
@@ -64,13 +65,18 @@ def section(results: Mapping[str, Any], machine: str = "") -> str:
         "|---|---|---|---|",
         *(f"| {row['known']} | {row['predicted']:.2f}x | {row['measured']:.2f}x | {row['error']:+.1%} |" for row in results["held_out"]),
     ]
+    strict, informed = (abs(row["error"]) for row in results["held_out"])
+    if informed > strict:
+        lines += ["", "The second knows more and is further off: errors of the first cancel each other."]
     return "\n".join(lines) + "\n"
 
 
 def _hidden(share: float) -> str:
-    if share >= 0:
-        return f"{share:.0%} of the time is hidden under backward"
-    return f"none is hidden: talking under backward takes {1 - share:.1f} times as long as on its own, for it needs the same cores"
+    if share < 0:
+        return f"none is hidden: talking under backward takes {1 - share:.1f} times as long as on its own, for it needs the same cores"
+    if share >= 1:
+        return "all of the time is hidden under backward, for what is left over is no more than the last bucket should take"
+    return f"{share:.0%} of the time is hidden under backward"
 
 
 def plot(results: Mapping[str, Any], path: Path) -> None:
@@ -89,8 +95,9 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
                        linewidth=2.2 if first else 1.4, label=f"{name}, predicted" if i == 0 else None)  # fmt: skip
         if curve["faster"] == 1:
             n, value = results["measured"]["ranks"], results["measured"][curve["fixed"]]
-            panel.plot([1, n], [1, value], "X", color="#e45756", markersize=11, markeredgecolor="white", zorder=5,
-                       label="measured" if i == 0 else None)  # fmt: skip
+            whole = curve["fixed"] == "global batch"
+            panel.plot([1, n], [1, value], "X", color="#e45756", markersize=11, markeredgecolor="white" if whole else "#e45756", zorder=5,
+                       fillstyle="full" if whole else "none", label="measured" if whole else "one rank's parts over a measured step")  # fmt: skip
         fixed = f"global batch {curve['rows']:g}" if curve["fixed"] == "global batch" else f"{curve['rows']:g} rows per rank"
         panel.set_title(f"{fixed}, {_speed(curve)}", fontsize=10.5, loc="left")
         panel.set_xscale("log", base=2)
@@ -104,8 +111,8 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
         panel.set_xlabel("ranks")
     for panel in axes[:, 0]:
         panel.set_ylabel("efficiency")
-    figure.suptitle("Predicted efficiency of a rank (crosses: measured)", fontweight="bold", x=0.01, ha="left")
+    figure.suptitle("Predicted efficiency of a rank", fontweight="bold", x=0.01, ha="left")
     figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     caption(figure, results)
-    figure.savefig(path, dpi=120, metadata={"Software": None})
+    save(figure, path, results, dpi=120)
     pyplot.close(figure)

@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import ROOT, Launch, caption, provenance, run_all, write_results
+from benchmarks.common import ROOT, Launch, caption, provenance, run_all, save, write_results
 from pipeline.assets import fetch
 from pipeline.errors import run_entry
 
@@ -78,8 +78,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     axis.legend(loc="upper left", frameon=False)
     axis.spines[["top", "right"]].set_visible(False)
     caption(figure, results)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110, metadata={"Software": None})
+    save(figure, path, results, dpi=110)
     plt.close(figure)
 
 

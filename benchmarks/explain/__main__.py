@@ -8,17 +8,18 @@ The step measured is the training script's (`pipeline.train_ddp`) at its default
 tokens. Three launches are kept ready and measured in turns, a few steps a turn, always the same ones:
 one process with as many threads as each of several has, several processes, and one process with all cores.
 
-1. The training script's own loop gives the step, by its own clock, and so the speed-up. Time stamps, set by what the script is
-   given (loader, model, loss scaler, recorder), take the same steps apart: data, host to device, forward, backward, clipping with
-   the optimizer. (A stamp takes a microsecond; on a GPU it waits for the queue. `make bench` has the speed-up without any.)
-2. With all communication left out (no_sync) and a barrier after backward: what forward and backward take without
-   all-reduce, and who waits for whom. 1 less 2, less the wait, is the all-reduce that backward does not hide.
-3. The same on one rank while the others sleep: 2 less 3 (of data and optimizer, 1 less 3) is contention, for cores, memory or power.
-4. What may help, each measured as 1 is, and predicted from 1 to 3 and from timed all-reduces.
+1. The training script's own loop gives the speed-up, by its own clock.
+2. In every other step, time stamps are set by what the script is given (loader, model, its parameters, loss scaler, recorder): data,
+   host to device, forward, backward to the rank's last gradient, waiting for the slowest rank's last gradient, what of the
+   all-reduces is left after it, clipping with the optimizer. (A stamp takes a microsecond; on a GPU it waits for the queue.)
+3. The same steps on one rank while the others sleep: how much faster its own parts are then is contention, for cores, memory or
+   power, with the other ranks and with the all-reduces that run under backward.
+4. What may help, each measured as 2 is, and predicted from 2, 3 and timed all-reduces.
 
 `benchmarks.explain.parts` has the arithmetic, `benchmarks.scaling` what follows for more ranks, which this runs as well.
-Written to benchmarks/results/{explain,timeline,scaling}.json with their pictures, with --label t4x2 to explain-t4x2.json and so on. Exit code 1: the stamped parts do not
-add up to the step within 3%, or the speed-up they predict is off by more than 0.05: the loop does something that no stamp covers.
+Written to benchmarks/results/{explain,timeline,scaling}.json with their pictures, with --label t4x2 to explain-t4x2.json and so on. Where the parts do not add
+up to the step within 3%, or the speed-up they predict is off by more than 0.05 whatever the spread of the rounds, page and
+JSON say so; with --strict that is exit code 1.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from benchmarks import scaling
 from benchmarks.common import RESULTS, ROOT, named, provenance, write_results
 from benchmarks.explain import page, timeline
 from benchmarks.explain.measure import launched, measure, shapes
-from benchmarks.explain.parts import PARTS, explain
+from benchmarks.explain.parts import explain
 from pipeline.assets import fetch
 from pipeline.errors import UserError, run_entry
 
@@ -54,10 +55,11 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--model", default=None, help="Encoder: Hub id or folder (all-MiniLM-L6-v2 from the package registry).")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if gpus > 1 else "cpu")
     parser.add_argument("--processes", type=int, default=gpus if gpus > 1 else 2, help="Of the larger launch (default: 2, or all GPUs).")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=6, help="Steps of a turn, an even number.")
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=10, help="Steps of a turn, an even number.")
     parser.add_argument("--label", default="", help="Name of another machine, such as t4x2: files of its own.")
     parser.add_argument("--timeline", action="store_true", help="Only draw a step anew, on the CPU.")
+    parser.add_argument("--strict", action="store_true", help="Exit code 1 where parts and step do not agree.")
     given = parser.parse_args(argv)
     name = named("explain", given.label)
     if given.processes < 2:
@@ -91,7 +93,7 @@ def main(argv: list[str]) -> int:
     if raw["timeline"] and not given.label:
         draw(raw["about"]["many"] | {"model": Path(model).name}, raw["timeline"])
     scaling.main(["--label", given.label])
-    return 0 if results["held"] else 1
+    return 1 if given.strict and not results["held"] else 0
 
 
 def draw(about: Mapping[str, Any], steps: Any) -> None:
@@ -101,11 +103,8 @@ def draw(about: Mapping[str, Any], steps: Any) -> None:
 
 
 def holds(results: Mapping[str, Any]) -> bool:
-    """Whether the parts add up to the measured step, and to the measured speed-up."""
-    accounts = (results["accounts"]["one"], results["accounts"]["many"])
-    off = [abs(sum(account[part] for part in PARTS) / account["step"] - 1) for account in accounts]
-    speedup = results["speedup"]
-    return max(off) <= page.ADDS_UP_WITHIN and abs(speedup["predicted"] - speedup["measured"]["median"]) <= page.PREDICTS_WITHIN
+    """Whether the parts add up to the measured step, and nothing speaks against the speed-up that they predict."""
+    return page.added_up(results) and results["speedup"]["verdict"] != "wrong"
 
 
 if __name__ == "__main__":

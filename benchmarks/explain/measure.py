@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch.distributed import TCPStore
 from tqdm.auto import tqdm
 
-from benchmarks.common import ROOT, end, last_words
+from benchmarks.common import ROOT, end, interleave, last_words
 from pipeline.errors import UserError
 from pipeline.topology import allowed_cores
 
@@ -104,18 +106,16 @@ def shapes(processes: int, device: str) -> dict[str, tuple[int, int]]:
 def measure(options: Sequence[str], processes: int, device: str, rounds: int, steps: int, folder: Path) -> dict[str, Any]:
     """Raw figures: `about` by launch, and by `launch/way` the rounds, each a list over ranks of a list over steps.
 
-    Ways: `entry`, `quiet`, `alone` and each remedy (seconds by part), `link float32` and `link float16` (seconds by size).
+    Ways: `entry`, `alone` and each remedy (seconds by part), `link float32` and `link float16` (seconds by size), `casts` (seconds).
     Beside them `buckets`, the bytes of each all-reduce by size of bucket, and a `timeline`.
     """
-    plan: list[tuple[str, str, dict[str, Any]]] = []
-    for name in (formed := shapes(processes, device)):
-        plan += [(name, "entry", {"method": "entry", "steps": steps})]
-        plan += [(name, "quiet", {"method": "silent", "steps": steps, "how": "quiet"})] if name != "all cores" else []
-    plan += [("many", "alone", {"method": "silent", "steps": steps, "how": "alone"})]
+    formed = shapes(processes, device)
+    plan: list[tuple[str, str, dict[str, Any]]] = [(name, "entry", {"method": "entry", "steps": steps}) for name in formed]
+    plan += [("many", "alone", {"method": "alone", "steps": steps})]
     plan += [("many", name, {"method": "entry", "steps": steps, **changes}) for name, changes in REMEDIES.items()]
     for dtype in ("float32", "float16"):
         plan += [("many", f"link {dtype}", {"method": "link", "sizes": LINK_BYTES, "repeats": LINK_REPEATS, "dtype": dtype})]
-    raw: dict[str, list[Any]] = {f"{name}/{way}": [] for name, way, _ in plan}
+    plan += [("many", "casts", {"method": "casts", "repeats": LINK_REPEATS})]
     with launched(formed, options, folder) as launches, tqdm(total=rounds * len(plan), unit="turn", desc="explain") as bar:
         about = {name: launch.ask("about")[0] for name, launch in launches.items()}
         many = launches["many"]
@@ -123,11 +123,8 @@ def measure(options: Sequence[str], processes: int, device: str, rounds: int, st
             str(size): [span[3] for span in many.ask("timeline", steps=1, bucket_mb=size)[0][0] if span[0] == "all-reduce"]
             for size in sorted({25, *(changes["bucket_mb"] for changes in REMEDIES.values() if "bucket_mb" in changes)})
         }
-        for i in range(rounds):
-            for name, way, task in plan[i % len(plan) :] + plan[: i % len(plan)]:
-                bar.set_postfix_str(f"{name}, {way}")
-                raw[f"{name}/{way}"].append(launches[name].ask(**task))
-                bar.update()
+        turns = {f"{name}/{way}": partial(launches[name].ask, **task) for name, way, task in plan}
+        raw = interleave(turns, rounds, order=random.Random(0), bar=bar)
         # A GPU's all-reduce runs in a stream of its own, where the host's clock does not see it.
         timeline = many.ask("timeline", steps=steps) if device == "cpu" else None
     return {"about": about, "turns": raw, "buckets": buckets, "timeline": timeline}

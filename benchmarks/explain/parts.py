@@ -1,76 +1,81 @@
 """From raw time stamps to the account of a step: its parts, the lost speed-up, and what remedies should bring and brought.
 
-Of the rounds, each step counts as it was in the one in which it took the median time; then the mean over steps and ranks.
-A disturbance of one turn drops out, and what is left are seconds of a rank's average step, which add up.
+Seconds of a step are means over rounds and ranks, then over steps, so that they add up; those of a link and of casts, which are
+short, medians. In each turn the stamps sleep in every other step, in the next turn of that kind in the others: steps with stamps
+and without are neighbours, and a machine that is slow for some seconds is slow for both. How far the figures can be trusted is
+told by the bootstrap: all of it again from rounds drawn with replacement, DRAWS times, as many of those that stamp the even steps
+and the odd ones as there are; between the 5th and the 95th percentile lie 90% (B. Efron and R. Tibshirani, An Introduction to the
+Bootstrap, 1993, chapter 13).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from benchmarks.common import ratio
 from benchmarks.explain.measure import LINK_BYTES, REMEDIES
 from benchmarks.scaling import exposed, fit_link, hidden_share
 
-COMPUTING = ("forward", "backward")
-OWN = ("data", "to_device", *COMPUTING, "optimizer")
+OWN = ("data", "to_device", "forward", "backward", "optimizer")
 PARTS = (*OWN, "contention", "straggler", "communication")
-RIGHT_WITHIN = 0.03  # a remedy's predicted gain is called right when it is that close to the measured one
+RIGHT_WITHIN = 0.05  # a predicted speed-up, or a remedy's gain, is called right when it is that close to the measured one
+DRAWS, SEED = 200, 0
+ENOUGH = 4  # rounds, to judge a prediction by how they differ
 
 Rounds = Sequence[Sequence[Sequence[Mapping[str, float]]]]  # of ranks, of steps: seconds by part
+Turns = Mapping[str, Any]  # `launch/way`: Rounds
 
 
-def seconds(rounds: Rounds, *parts: str) -> np.ndarray:
-    """The sum of these parts, `(rounds, ranks, steps)`."""
-    return np.array([[[sum(step.get(part, 0.0) for part in parts) for step in rank] for rank in ranks] for ranks in rounds])
+def seconds(rounds: Rounds, part: str, stamped: bool = True) -> np.ndarray:
+    """Of the steps with stamps, or those without (of which only `step` is known): `(rounds, ranks, steps)`, elsewhere NaN."""
+    return np.array(
+        [[[step.get(part, 0.0) if ("backward" in step) == stamped else np.nan for step in rank] for rank in ranks] for ranks in rounds]
+    )
 
 
-def typical(figures: np.ndarray) -> float:
-    """`(rounds, ranks, steps)` to seconds of the average step of the average rank, without the rounds' disturbances."""
-    return float(np.median(figures, axis=0).mean())
+def each_step(figures: np.ndarray) -> np.ndarray:
+    """Means over rounds and ranks, `(steps,)`; NaN for a step of which nothing is known."""
+    known = ~np.isnan(figures)
+    count = known.sum(axis=(0, 1))
+    return np.where(known, figures, 0.0).sum(axis=(0, 1)) / np.where(count, count, np.nan)
 
 
-def middle(rounds: Rounds) -> Rounds:
-    """One round made of all: each step from the round in which it took the median time (the lower of two), mean over ranks."""
-    parts = ("step",) if "step" in rounds[0][0][0] else (*OWN, "wait")
-    chosen = np.argsort(seconds(rounds, *parts).mean(axis=1), axis=0)[(len(rounds) - 1) // 2]  # (steps,)
-    return [[[rounds[chosen[s]][rank][s] for s in range(len(chosen))] for rank in range(len(rounds[0]))]]
+def average(figures: np.ndarray) -> float:
+    """Over rounds and ranks, then over those steps that are known."""
+    return float(np.nanmean(each_step(figures)))
 
 
-def account(turns: Mapping[str, Any], name: str) -> dict[str, float]:
-    """The parts of a step of one launch, in seconds of the average rank: they add up to the measured `step`.
+def account(turns: Turns, name: str) -> dict[str, float]:
+    """The parts of a step of one launch, in seconds of the average rank: they add up to the measured `step`. Beside them `plain`,
+    the measured step without stamps.
 
-    - data, to_device, forward, backward, optimizer (clipping included): a rank's own, while no other one computes;
-    - contention: how much longer the same takes while all ranks compute at once: forward and backward as they are while
-      nothing is exchanged (no_sync), the others as they are in training;
-    - straggler: how long a rank waits for the slowest one, at a barrier at the place where the last all-reduce would begin.
-      What is above the shortest wait of that step counts: that of the last to come, which is the barrier's own time. Ranks
-      that differ by d have it twice, as a wait of the fast one and as longer work of the slow one; the mean over ranks
-      counts each with its half, which is what a perfect balance would gain;
-    - communication: how much longer forward and backward take when gradients are all-reduced as training does it, less
-      the straggler's wait. So it is what backward does not hide, DDP's copies into its buckets included (at one process
-      these are all of it). A difference and no stamps around the all-reduce itself: what runs under backward and slows it
-      down, for it needs the same cores, is not hidden either;
+    All but contention are stamped in the steps themselves:
+
+    - straggler: from a rank's last gradient to that of the slowest rank, before which no average can be complete (the clock is
+      the machine's). Ranks that differ by d have it twice, as a wait of the fast one and as longer work of the slow one; the
+      mean over ranks counts each with its half, which is what a perfect balance would gain;
+    - communication: from the slowest rank's last gradient to the end of backward: what of the all-reduces backward does not hide,
+      with DDP's last work on its buckets, which at one process is all there is;
+    - contention: how much longer a rank's own data, forward, backward and optimizer take than on one rank alone, the others
+      asleep and nothing exchanged: they share cores, memory and power with the other ranks, and with the all-reduces that run
+      under backward;
+    - data, to_device, forward, backward (to its last gradient), optimizer (with clipping): a rank's own, less contention;
     - rest: what the training script's clock holds beyond the stamps: from a step's end to its next batch, with its recorder,
       its watch and its word on stopping, at which ranks that differ in the optimizer wait for each other.
-
-    Where a launch was not measured quiet or alone, those parts are within its own.
     """
-    entry, quiet, alone = (middle(turns[key]) if (key := f"{name}/{way}") in turns else None for way in ("entry", "quiet", "alone"))
-    assert entry is not None
-    quiet = quiet or entry
-    together = {part: typical(seconds(quiet if part in COMPUTING else entry, part)) for part in OWN}
-    parts = {part: typical(seconds(alone, part)) for part in OWN} if alone else dict(together)
-    parts["contention"] = sum(together.values()) - sum(parts.values())
-    wait = seconds(quiet, "wait")
-    parts["straggler"] = typical(wait - wait.min(axis=1, keepdims=True))
-    talking = sum(typical(seconds(entry, part)) for part in COMPUTING)
-    parts["communication"] = talking - sum(together[part] for part in COMPUTING) - parts["straggler"]
-    step = typical(seconds(entry, "step"))
-    return parts | {"rest": step - sum(parts.values()), "step": step}
+    rounds = turns[f"{name}/entry"]
+    mean = {part: average(seconds(rounds, part)) for part in (*OWN, "reduce", "step")}
+    slower = dict.fromkeys(OWN, 0.0)
+    if alone := turns.get(f"{name}/alone"):
+        slower = {part: float(np.nanmean(each_step(seconds(rounds, part)) - each_step(seconds(alone, part)))) for part in OWN}
+    ready = seconds(rounds, "ready")
+    straggler = average(ready.max(axis=1, keepdims=True) - ready)
+    parts = {part: mean[part] - slower[part] for part in OWN}
+    parts |= {"contention": sum(slower.values()), "straggler": straggler, "communication": mean["reduce"] - straggler}
+    parts |= {"rest": mean["step"] - sum(parts.values()), "step": mean["step"]}
+    return parts | {"plain": average(seconds(rounds, "step", stamped=False))}
 
 
 def losses(one: Mapping[str, float], many: Mapping[str, float], ranks: int) -> dict[str, float]:
@@ -80,72 +85,110 @@ def losses(one: Mapping[str, float], many: Mapping[str, float], ranks: int) -> d
         return sum(many[part] - one[part] / ranks for part in parts)
 
     lost = {
-        "communication": beyond_share("communication"), "contention": many["contention"], "straggler": many["straggler"],
-        "optimizer": beyond_share("optimizer"), "small_batch": beyond_share("data", "to_device", "forward", "backward"),
-        "rest": beyond_share("rest"),
+        "communication": many["communication"] - one["communication"], "copies": one["communication"] * (1 - 1 / ranks),
+        "contention": many["contention"], "straggler": many["straggler"], "optimizer": beyond_share("optimizer"),
+        "small_batch": beyond_share("data", "to_device", "forward", "backward"), "rest": beyond_share("rest"),
     }  # fmt: skip
     return {name: value / many["step"] for name, value in lost.items()}
 
 
-def speedup(turns: Mapping[str, Any], base: str, accounts: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
-    """Of `many` over `base`: by the clock of the training script's own loops, and predicted from the parts."""
-    totals = {name: seconds(turns[f"{name}/entry"], "step").mean(axis=1).sum(axis=1).tolist() for name in (base, "many")}
-    measured = ratio(totals[base], totals["many"]) | {"median": accounts[base]["step"] / accounts["many"]["step"]}
-    return {"measured": measured, "predicted": sum(accounts[base][p] for p in PARTS) / sum(accounts["many"][p] for p in PARTS)}
+def speedups(turns: Turns) -> dict[str, float]:
+    """Of several processes, by the script's own clock in steps without stamps, `over one`, and `over all cores` where one process
+    with all of them was measured; of the steps with stamps, `stamped`, and `predicted` from their parts: by how much that is `off`."""
+    accounts = {name: account(turns, name) for name in ("one", "many", "all cores") if f"{name}/entry" in turns}
+    one, many = accounts["one"], accounts["many"]
+    found = {f"over {name}": a["plain"] / many["plain"] for name, a in accounts.items() if name != "many"}
+    found |= {"stamped": one["step"] / many["step"], "predicted": sum(one[part] for part in PARTS) / sum(many[part] for part in PARTS)}
+    return found | {"off": found["predicted"] - found["over one"]}
 
 
-def remedies(raw: Mapping[str, Any], one: Mapping[str, float], many: Mapping[str, float], ranks: int) -> list[dict[str, Any]]:
-    """For each: the gain in rows per second predicted from the parts, the measured one, and whether they agree.
+def predictions(
+    turns: Turns, buckets: Mapping[str, Sequence[int]], one: Mapping[str, float], many: Mapping[str, float], ranks: int
+) -> dict[str, float]:
+    """By remedy: the gain in rows per second to be expected from the parts and from timed all-reduces.
 
-    Of several buckets the last, full only when backward ends, is never hidden; of the others the share that explains what
-    was measured with the default ones. The fp16 hook halves the bytes, over the link as timed in fp16. Accumulation pays for one all-reduce and one optimizer step
-    where there were two. A static graph saves a search that is switched off anyway.
+    Of several buckets the last, full only when backward ends, is never hidden; of the others the share that explains what was
+    measured with the default ones. The fp16 hook halves the bytes, over the link as timed in fp16, and pays for its casts, none
+    of them hidden: cores that compute have no time for them beside it. Accumulation pays for one all-reduce and one optimizer
+    step where there were two. A static graph saves a search that is switched off anyway.
     """
-    turns, buckets = raw["turns"], raw["buckets"]
     link, halves = (fit_link(LINK_BYTES, link_seconds(turns, dtype), ranks) for dtype in ("float32", "float16"))
-    hidden = hidden_share(link, buckets["25"], ranks, many["communication"] - one["communication"])  # the copies into buckets stay
+    hidden = hidden_share(link, buckets["25"], ranks, many["communication"] - one["communication"])  # DDP's own work stays
     now = exposed(link, buckets["25"], ranks, hidden)  # by the same model, so that no change is predicted to change nothing
-    base = seconds(turns["many/entry"], "step")
-    step = typical(base)
-    saved = {
-        "larger buckets": now - exposed(link, buckets[str(REMEDIES["larger buckets"]["bucket_mb"])], ranks, hidden),
-        "smaller buckets": now - exposed(link, buckets[str(REMEDIES["smaller buckets"]["bucket_mb"])], ranks, hidden),
-        "fp16 hook": now - exposed(halves, [size // 2 for size in buckets["25"]], ranks, hidden),
-        "accumulation": (many["communication"] + typical(seconds(turns["many/entry"], "optimizer"))) / 2,
-        "static graph": 0.0,
-    }
-    rows = []
-    for name, seconds_saved in saved.items():
-        changed = seconds(turns[f"many/{name}"], "step")
-        totals = [figures.mean(axis=1).sum(axis=1).tolist() for figures in (base, changed)]
-        per_step = typical(changed) * changed.shape[2] / base.shape[2]
-        gain = {key: value - 1 for key, value in ratio(*totals).items()} | {"median": step / per_step - 1}
-        predicted = step / (step - seconds_saved) - 1
-        right = bool(abs(predicted - gain["median"]) <= RIGHT_WITHIN)
-        rows.append({"remedy": name, "options": REMEDIES[name], "predicted": predicted, "measured": gain, "right": right})
-    return rows
+    sized = {name: buckets[str(changes["bucket_mb"])] for name, changes in REMEDIES.items() if "bucket_mb" in changes}
+    saved = {name: now - exposed(link, sizes, ranks, hidden) for name, sizes in sized.items()}
+    saved["fp16 hook"] = now - exposed(halves, [size // 2 for size in buckets["25"]], ranks, hidden) - cast_seconds(turns)
+    saved["accumulation"] = (many["communication"] + average(seconds(turns["many/entry"], "optimizer"))) / 2
+    saved["static graph"] = 0.0
+    return {name: many["step"] / (many["step"] - saved[name]) - 1 for name in REMEDIES}
 
 
-def link_seconds(turns: Mapping[str, Any], dtype: str) -> list[float]:
+def gains(turns: Turns) -> dict[str, float]:
+    """By remedy: the measured gain in rows per second over the default, of the same rows."""
+    base = turns["many/entry"]
+
+    def row_seconds(rounds: Rounds) -> float:
+        return float(np.mean([[sum(step["step"] for step in rank) for rank in ranks] for ranks in rounds]))
+
+    return {name: row_seconds(base) / row_seconds(turns[f"many/{name}"]) - 1 for name in REMEDIES}
+
+
+def spread(turns: Turns, figure: Callable[[Turns], Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    """By name the figure from all rounds, called `median` as in other results, and its 90% interval by the bootstrap over rounds,
+    `lowest` to `highest`."""
+    every, draw = range(len(turns["many/entry"])), np.random.default_rng(SEED)
+    picks = [[i for kind in (every[::2], every[1::2]) for i in draw.choice(kind, len(kind))] for _ in range(DRAWS)]
+    drawn = [figure({key: [rounds[i] for i in pick] for key, rounds in turns.items()}) for pick in picks]
+    low, high = ({name: float(np.percentile([d[name] for d in drawn], q)) for name in drawn[0]} for q in (5, 95))
+    return {name: {"median": value, "lowest": low[name], "highest": high[name]} for name, value in figure(turns).items()}
+
+
+def verdict(off: Mapping[str, float], rounds: int) -> str:
+    """What was predicted is by so much off what was measured: `right` or `wrong` where the whole 90% interval says so, else
+    `open`, for then the rounds differ by more than what is asked, or are too few to tell by how much they do."""
+    if rounds < ENOUGH:
+        return "open"
+    if max(abs(off["lowest"]), abs(off["highest"])) <= RIGHT_WITHIN:
+        return "right"
+    return "wrong" if off["lowest"] > RIGHT_WITHIN or off["highest"] < -RIGHT_WITHIN else "open"
+
+
+def link_seconds(turns: Turns, dtype: str) -> list[float]:
     """Median over rounds of the slower rank's time for an all-reduce of each of `LINK_BYTES`."""
     return np.median(np.array(turns[f"many/link {dtype}"]).max(axis=1), axis=0).tolist()
+
+
+def cast_seconds(turns: Turns) -> float:
+    """Median over rounds of what the slower rank takes to cast all gradients of a step to fp16 and back."""
+    return float(np.median(np.array(turns["many/casts"]).max(axis=1)))
 
 
 def explain(raw: Mapping[str, Any]) -> dict[str, Any]:
     """All that the page and the scaling model need, from `measure`'s raw figures."""
     turns, about = raw["turns"], raw["about"]
-    accounts = {name: account(turns, name) for name in about}
-    one, many, ranks = accounts["one"], accounts["many"], about["many"]["processes"]
-    link = {"bytes": LINK_BYTES} | {dtype: link_seconds(turns, dtype) for dtype in ("float32", "float16")}
-    entries = seconds(turns["many/entry"], "step")
+    ranks = about["many"]["processes"]
+
+    def expected(turns: Turns) -> dict[str, float]:
+        return predictions(turns, raw["buckets"], account(turns, "one"), account(turns, "many"), ranks)
+
+    def off(turns: Turns) -> dict[str, float]:
+        measured = gains(turns)
+        return {name: predicted - measured[name] for name, predicted in expected(turns).items()}
+
+    predicted, found, error, speed = expected(turns), spread(turns, gains), spread(turns, off), spread(turns, speedups)
+    entries = turns["many/entry"]
+    rounds = len(entries)
     return {
-        "accounts": {name: {"about": about[name], **accounts[name]} for name in about},
-        "speedup": speedup(turns, "one", accounts),
-        "speedup_all_cores": speedup(turns, "all cores", accounts) if "all cores" in about else None,
-        "losses": losses(one, many, ranks),
-        "remedies": remedies(raw, one, many, ranks),
-        "link": link,
+        "accounts": {name: {"about": about[name], **account(turns, name)} for name in about},
+        "speedup": {"measured": speed["over one"], "off": speed["off"], "verdict": verdict(speed["off"], rounds)}
+        | {name: speed[name]["median"] for name in ("stamped", "predicted")},
+        "speedup_all_cores": speed.get("over all cores"),
+        "losses": spread(turns, lambda t: losses(account(t, "one"), account(t, "many"), ranks)),
+        "remedies": [{"remedy": name, "options": REMEDIES[name], "predicted": predicted[name], "measured": found[name],
+                      "off": error[name], "verdict": verdict(error[name], rounds)} for name in REMEDIES],
+        "link": {"bytes": LINK_BYTES} | {dtype: link_seconds(turns, dtype) for dtype in ("float32", "float16")},
+        "casts": cast_seconds(turns),
         "buckets": raw["buckets"],
-        "rounds": entries.shape[0],
-        "steps": entries.shape[2],
-    }
+        "rounds": rounds,
+        "steps": len(entries[0][0]),
+    }  # fmt: skip

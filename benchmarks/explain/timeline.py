@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import caption
+from benchmarks.common import caption, save
 from benchmarks.explain.page import COLOURS, TITLES
 
 COLOURS = COLOURS | {"all-reduce": "#f58518"}
@@ -68,6 +68,5 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
     axes.grid(axis="x", alpha=0.25)
     axes.set_axisbelow(True)
     caption(figure, results)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120, metadata={"Software": None})
+    save(figure, path, results, dpi=120)
     pyplot.close(figure)

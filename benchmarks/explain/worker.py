@@ -3,9 +3,9 @@
     torchrun --standalone --nproc_per_node 2 -m benchmarks.explain.worker PORT NAME configs/ag_news.yaml --device cpu
 
 `entry` runs that script's own loop, in which there are no time stamps, for they do not belong into a script that teaches: the
-loader, the model, the loss scaler and the recorder that it is given set them. Only steps that no training takes, without
-communication or with each all-reduce noted, are written again here. The worker waits for tasks in a key-value store at PORT, under NAME, and does nothing in
-between: several launches can be kept ready and measured in turns (`benchmarks.explain.measure`).
+loader, the model, its parameters, the loss scaler and the recorder that it is given set them. Only steps that no training
+takes, one rank alone or with each all-reduce noted, are written again here. The worker waits for tasks in a key-value store at
+PORT, under NAME, and sleeps in between: several launches can be kept ready and measured in turns (`benchmarks.explain.measure`).
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import json
 import statistics
 import sys
 import time
-from collections import defaultdict
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -39,7 +39,7 @@ from pipeline.record import Recorder
 from pipeline.run import prepare, seed_dropout, training_sampler
 from pipeline.stopping import Stopper
 from pipeline.topology import Topology, find_topology, plan_batches
-from pipeline.train_ddp import from_rank_zero, initial_state, join_process_group, largest_of_ranks, leave_process_group, train, wrap
+from pipeline.train_ddp import initial_state, join_process_group, largest_of_ranks, leave_process_group, train, wrap
 from pipeline.watch import Watch
 
 PROG = "python -m benchmarks.explain.worker PORT NAME"
@@ -54,13 +54,33 @@ class Timeline:
     """The parts of a step, one after the other."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.spans, self._last = device, list[Span](), now(device)
+        self.device, self.asleep = device, False
+        self.begin()
+
+    def begin(self) -> None:
+        """Anew, from now."""
+        self.spans, self._last = list[Span](), now(self.device)
 
     def stamp(self, part: str) -> None:
         """What came since the last stamp was `part`."""
-        time_now = now(self.device)
-        self.spans.append((part, self._last, time_now))
-        self._last = time_now
+        if not self.asleep:
+            self._add(part, now(self.device))
+
+    def last_gradient(self) -> None:
+        """Backward has made its last gradient, for all that this rank computes; all-reduces may still be under way."""
+        if self.asleep:
+            return
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()  # DDP talks in another stream
+        self._add("backward", time.perf_counter())
+
+    def after_backward(self) -> None:
+        """The end of what follows the last gradient; of all of backward where nobody has noted it."""
+        self.stamp("reduce" if self.spans and self.spans[-1][0] == "backward" else "backward")
+
+    def _add(self, part: str, end: float) -> None:
+        self.spans.append((part, self._last, end))
+        self._last = end
 
     def seconds(self) -> dict[str, float]:
         """Summed up by part."""
@@ -70,11 +90,14 @@ class Timeline:
         return parts
 
 
-class LoopOnly(Recorder):
-    """For the training loop alone, no checkpoint and no validation at its end; keeps the parts of each step."""
+class StampingRecorder(Recorder):
+    """Keeps the time of each step; of every other one its parts as well, and when its last gradient was made, `ready`.
+
+    For the training loop alone: no checkpoint, and no validation at its end."""
 
     owes_evaluation = False
     line: Timeline
+    stamped: int  # the even steps, 0, or the odd ones, 1
 
     def should_save(self, step: int) -> bool:
         return False
@@ -85,15 +108,22 @@ class LoopOnly(Recorder):
 
     def stepped(self, step: int) -> None:
         self.line.stamp("optimizer")
+        now(self.topology.torch_device)  # waits for a GPU, so that a step without stamps has its whole time as well
         super().stepped(step)
-        self.parts.append({"step": self.step_times[-1], **self.line.seconds()})
-        self.line.spans.clear()
+        parts = {"step": self.step_times[-1]}
+        if not self.line.asleep:
+            ready = next(end for part, _, end in reversed(self.line.spans) if part == "backward")
+            parts |= {"ready": ready, **self.line.seconds()}
+        self.parts.append(parts)
+        self.line.asleep = step % 2 != self.stamped  # the step after this one has number `step`, from 0
+        if not self.line.asleep:
+            self.line.begin()
 
 
 class StampingLoader:
     """`loader`, whose batches end what came before and are themselves part `data`."""
 
-    def __init__(self, loader: DataLoader[Any], recorder: LoopOnly) -> None:
+    def __init__(self, loader: DataLoader[Any], recorder: StampingRecorder) -> None:
         self.batch_sampler, self._loader, self._recorder = loader.batch_sampler, loader, recorder
 
     def __iter__(self) -> Iterator[Any]:
@@ -102,14 +132,16 @@ class StampingLoader:
         for batch in self._loader:
             line.stamp("data")
             yield batch
-            # Between the micro-batches of a step: the end of a backward. After a step: what the loop does besides.
-            line.stamp("backward" if line.spans and line.spans[-1][0] == "forward" else "rest")
+            if line.spans and line.spans[-1][0] in ("forward", "backward"):  # another micro-batch of the same step
+                line.after_backward()
+            else:
+                line.stamp("rest")
 
 
 class StampingScaler:
     """`scaler`, to which the loop comes with the loss, the end of forward, and with the gradients, the end of backward."""
 
-    def __init__(self, scaler: torch.amp.GradScaler, recorder: LoopOnly) -> None:
+    def __init__(self, scaler: torch.amp.GradScaler, recorder: StampingRecorder) -> None:
         self._scaler, self._recorder = scaler, recorder
 
     def __getattr__(self, name: str) -> Any:
@@ -120,8 +152,44 @@ class StampingScaler:
         return self._scaler.scale(loss)
 
     def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
-        self._recorder.line.stamp("backward")
+        self._recorder.line.after_backward()
         self._scaler.unscale_(optimizer)
+
+
+@contextlib.contextmanager
+def last_gradients_noted(model: torch.nn.Module, line: Callable[[], Timeline]) -> Iterator[None]:
+    """Within it, each backward tells `line()` when it has made its last gradient, before DDP comes to know of it."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    left = len(parameters)
+
+    def made(_: torch.Tensor) -> None:
+        nonlocal left
+        left -= 1
+        if not left:
+            left = len(parameters)
+            line().last_gradient()
+
+    handles = [p.register_post_accumulate_grad_hook(made) for p in parameters]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def ddp_calls_noted(line: Callable[[], Timeline]) -> Iterator[None]:
+    """Within it, a call of a DDP ends the part `to_device`."""
+
+    def called(module: torch.nn.Module, _: Any) -> None:
+        if isinstance(module, DistributedDataParallel):
+            line().stamp("to_device")
+
+    handle = register_module_forward_pre_hook(called)  # of all modules: the script makes its DDP itself
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 class Rank:
@@ -130,6 +198,8 @@ class Rank:
     def __init__(self, config: TrainConfig, topology: Topology) -> None:
         self.config, self.topology, self.plan = config, topology, plan_batches(config, topology.world_size)
         self.stopper = Stopper(largest_of_ranks)
+        self.turns: Counter[Any] = Counter()  # of `entry`, by its way
+        self.asleep = dist.new_group(backend="gloo")  # who waits in NCCL keeps a core and its GPU busy
         prepared = prepare(config, topology, self.plan) if topology.local_rank == 0 else None
         dist.barrier()
         self.prepared = prepared or prepare(config, topology, self.plan)
@@ -153,49 +223,57 @@ class Rank:
     def entry(self, steps: int, accumulation: int = 1, **changes: Any) -> list[dict[str, float]]:
         """Seconds of each part of the same first steps of an epoch in the script's own loop, `(steps / accumulation,)`.
 
-        `step` is what the script's recorder says; `rest` what its loop does between the steps. `accumulation` joins that many
-        steps' backwards to one all-reduce and one optimizer step. `changes`: configuration.
+        `step` is what the script's recorder says, and all there is of every other step, in which the stamps sleep: of those that
+        had them the last time. `rest` is what the loop does between the steps. `accumulation` joins that many steps' backwards to
+        one all-reduce and one optimizer step. `changes`: configuration.
         """
         plan = replace(self.plan, accumulation=self.plan.accumulation * accumulation)
         config = replace(self.config, max_steps=(WARM_UP + steps) // accumulation, **changes)
-        recorder = LoopOnly(config, self.topology, plan, steps_per_epoch=len(self.loader) // plan.accumulation)
+        recorder = StampingRecorder(config, self.topology, plan, steps_per_epoch=len(self.loader) // plan.accumulation)
+        way = (accumulation, *changes.items())
+        recorder.stamped, self.turns[way] = self.turns[way] % 2, self.turns[way] + 1
         loader: Any = StampingLoader(self.loader, recorder)
         scaler: Any = StampingScaler(self.state.scaler, recorder)
-
-        def called(module: torch.nn.Module, _: Any) -> None:
-            if isinstance(module, DistributedDataParallel):
-                recorder.line.stamp("to_device")
-
-        watched = register_module_forward_pre_hook(called)  # of all modules: the script makes its DDP itself
-        try:
-            with (
-                Watch(Path(self.config.output_dir or ""), self.topology.rank, self.topology.world_size, config.hang_seconds) as watch,
-                self.stopper.held(),
-            ):
-                state = replace(self.state, scaler=scaler)
-                train(config, self.topology, plan, self.prepared, loader, state, recorder, None, self.stopper, watch)
-        finally:
-            watched.remove()
+        state, topology = replace(self.state, scaler=scaler), self.topology
+        with (
+            ddp_calls_noted(lambda: recorder.line),
+            last_gradients_noted(state.model, lambda: recorder.line),
+            Watch(Path(self.config.output_dir or ""), topology.rank, topology.world_size, config.hang_seconds) as watch,
+            self.stopper.held(),
+        ):
+            train(config, topology, plan, self.prepared, loader, state, recorder, None, self.stopper, watch)
         recorder.stop()
         gc.collect()  # its DDP holds buckets of the gradient's size
         return recorder.parts[WARM_UP // accumulation :]
 
-    def silent(self, steps: int, how: str) -> list[dict[str, float]]:
-        """Seconds of each part of the same steps as `entry`'s, with every gradient kept local (no_sync), `(steps,)`.
+    def alone(self, steps: int) -> list[dict[str, float]]:
+        """Seconds of each part of the same steps as `entry`'s, one rank after another, the others asleep, `(steps,)`.
 
-        `how`: `quiet`, and the ranks meet at a timed barrier after backward, part `wait`; or `alone`, one rank after another,
-        the others asleep.
+        DDP fills its buckets as ever, but nobody is asked for an average: each rank goes on with its own gradients.
         """
+
+        def own(_, bucket):  # type: ignore[no-untyped-def]  # torch looks at annotations, and wants types there, not strings
+            done: torch.futures.Future[torch.Tensor] = torch.futures.Future()
+            done.set_result(bucket.buffer())
+            return done
+
         ddp, batches = self._begin()
-        for _ in range(WARM_UP):
-            self._step(ddp, batches, quiet=True)
-        turns = range(self.topology.world_size) if how == "alone" else [self.topology.rank]
+        ddp.broadcast_buffers = False  # rank 0 would wait in it for the others
+        ddp.register_comm_hook(None, own)
+        line = Timeline(self.topology.torch_device)
         measured: list[dict[str, float]] = []
-        for turn in turns:
-            dist.barrier()
-            if turn == self.topology.rank:
-                measured += [self._step(ddp, batches, quiet=True, meet=how == "quiet").seconds() for _ in range(steps)]
-        dist.barrier()
+        with last_gradients_noted(self.state.model, lambda: line):
+            for _ in range(WARM_UP):
+                line = Timeline(self.topology.torch_device)
+                self._step(ddp, batches, line)
+            for turn in range(self.topology.world_size):
+                dist.barrier(self.asleep)
+                if turn == self.topology.rank:
+                    for _ in range(steps):
+                        line = Timeline(self.topology.torch_device)
+                        self._step(ddp, batches, line)
+                        measured.append(line.seconds())
+            dist.barrier(self.asleep)
         return measured
 
     def timeline(self, steps: int, **changes: Any) -> list[list[tuple[Any, ...]]]:
@@ -220,13 +298,13 @@ class Rank:
             return work.get_future().then(done)
 
         ddp.register_comm_hook(None, noted)
-        for _ in range(WARM_UP):
-            self._step(ddp, batches, quiet=False)
         drawn = []
-        for _ in range(steps):
+        for _ in range(WARM_UP + steps):
             reduced.clear()
-            drawn.append([*self._step(ddp, batches, quiet=False).spans, *reduced])
-        return drawn
+            line = Timeline(self.topology.torch_device)
+            self._step(ddp, batches, line)
+            drawn.append([*line.spans, *reduced])
+        return drawn[WARM_UP:]
 
     def link(self, sizes: list[int], repeats: int, dtype: str = "float32") -> list[float]:
         """Median seconds of an all-reduce of each size in bytes, while nothing else is computed."""
@@ -242,6 +320,17 @@ class Rank:
             seconds.append(statistics.median(figures))
         return seconds
 
+    def casts(self, repeats: int) -> float:
+        """Median seconds of what the fp16 hook computes itself in a step, on all ranks at once: all gradients to fp16, and back."""
+        size = sum(p.numel() for p in self.state.model.parameters() if p.requires_grad)
+        vector, figures = torch.zeros(size, device=self.topology.torch_device), []
+        for _ in range(repeats):
+            dist.barrier(self.asleep)
+            began = now(self.topology.torch_device)
+            vector.copy_(vector.to(torch.float16).div_(self.topology.world_size))
+            figures.append(now(self.topology.torch_device) - began)
+        return statistics.median(figures)
+
     def _begin(self, **changes: Any) -> tuple[DistributedDataParallel, Iterator[Any]]:
         """A fresh wrap, which gives all ranks rank 0's weights again, and the micro-batches of the first epoch from its start."""
         gc.collect()
@@ -250,27 +339,23 @@ class Rank:
         self.loader.batch_sampler.set_epoch(0)  # type: ignore[union-attr]
         return ddp, iter(self.loader)
 
-    def _step(self, ddp: DistributedDataParallel, batches: Iterator[Any], *, quiet: bool, meet: bool = False) -> Timeline:
+    def _step(self, ddp: DistributedDataParallel, batches: Iterator[Any], line: Timeline) -> None:
         """One optimizer step, line by line as in `pipeline.train_ddp.train`."""
         place, state = self.topology, self.state
-        line = Timeline(place.torch_device)
         for micro in range(self.plan.accumulation):
             batch = next(batches)
             line.stamp("data")
             batch = {name: tensor.to(place.torch_device, non_blocking=True) for name, tensor in batch.items()}
             labels = batch.pop("labels")
             line.stamp("to_device")
-            with ddp.no_sync() if quiet or micro < self.plan.accumulation - 1 else contextlib.nullcontext():
+            with ddp.no_sync() if micro < self.plan.accumulation - 1 else contextlib.nullcontext():
                 with torch.autocast(place.device, dtype=place.autocast, enabled=place.autocast is not None):
                     logits = ddp(**batch).logits
                 loss = classification_loss(logits, labels, self.class_weights) / self.plan.accumulation
                 line.stamp("forward")
                 state.scaler.scale(loss).backward()
-                line.stamp("backward")
+                line.after_backward()
             state.loss += loss.detach()
-        if meet:
-            dist.barrier()
-            line.stamp("wait")
         state.scaler.unscale_(state.optimizer)
         if self.config.max_grad_norm > 0:
             torch.nn.utils.clip_grad_norm_(ddp.parameters(), self.config.max_grad_norm)
@@ -279,18 +364,19 @@ class Rank:
         state.scheduler.step()
         state.optimizer.zero_grad()
         line.stamp("optimizer")
-        return line
 
 
 def serve(rank: Rank, store: dist.Store | None, name: str) -> None:
     """Do the tasks `NAME/0`, `NAME/1`, ... as they come, until one is null; each answer, a list over ranks, goes to `.../done`."""
     for turn in itertools.count():
-        task = from_rank_zero(json.loads(store.get(f"{name}/{turn}")) if store else None)
+        box: list[Any] = [json.loads(store.get(f"{name}/{turn}")) if store else None]
+        dist.broadcast_object_list(box, src=0, group=rank.asleep)
+        task = box[0]
         if task is None:
             return
         mine = getattr(rank, task.pop("method"))(**task)
         answers: list[Any] = [None] * rank.topology.world_size
-        dist.all_gather_object(answers, mine)
+        dist.all_gather_object(answers, mine, group=rank.asleep)
         if store:
             store.set(f"{name}/{turn}/done", json.dumps(answers))
 

@@ -109,17 +109,7 @@ def _round(value: Any) -> Any:
 
 def in_turns(variants: dict[str, Callable[[], dict[str, Any]]], rounds: int) -> dict[str, dict[str, list[Any]]]:
     """Every variant once a round, each round beginning with another; the figures by variant."""
-    cells: dict[str, list[dict[str, Any]]] = {name: [] for name in variants}
-
-    def once(name: str) -> Callable[[], float]:
-        def measure() -> float:
-            cells[name].append(variants[name]())
-            return 0.0
-
-        return measure
-
-    interleave({name: once(name) for name in variants}, rounds)
-    return {name: columns(rows) for name, rows in cells.items()}
+    return {name: columns(cells) for name, cells in interleave(variants, rounds).items()}
 
 
 def table(bench: Bench) -> dict[str, Any]:

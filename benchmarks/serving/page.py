@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import caption, provenance_lines
+from benchmarks.common import caption, provenance_lines, save
 from benchmarks.serving.servers import SERVERS
 from benchmarks.serving.targets import Target, growth, targets
 
@@ -204,5 +204,5 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
     panels[1].set_yscale("log")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     caption(figure, part)
-    figure.savefig(path, dpi=120, metadata={"Software": None})
+    save(figure, path, results, dpi=120)
     pyplot.close(figure)
