@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -122,7 +123,8 @@ def end(process: subprocess.Popen[str]) -> None:
         process.kill()
         process.wait()
     for member in psutil.wait_procs(members, timeout=1)[1]:
-        member.kill()
+        with suppress(psutil.NoSuchProcess):
+            member.kill()
 
 
 def interleave(

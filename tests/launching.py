@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -48,9 +48,7 @@ def wait_until(process: subprocess.Popen[str], come: Callable[[], bool], seconds
     while not come():
         ended = process.poll()
         if ended is not None or time.monotonic() > deadline:
-            for member in family(process):
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    member.kill()
+            kill(family(process))
             told = f"it had ended with {ended}" if ended is not None else f"it did not come in {seconds} s"
             try:
                 raise AssertionError(f"{told}: {process.communicate(timeout=30)}")
@@ -100,8 +98,37 @@ def family(process: subprocess.Popen[str]) -> list[psutil.Process]:
         return []
 
 
-def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
-    return [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+def workers(process: subprocess.Popen[str]) -> dict[int, psutil.Process]:
+    """Those of its family that are a rank, by rank."""
+    found = {}
+    for member in family(process):
+        with contextlib.suppress(psutil.NoSuchProcess):  # a short-lived one, a rank or not
+            if (rank := member.environ().get("RANK")) is not None:
+                found[int(rank)] = member
+    return found
+
+
+def alive(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
+    found = []
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):  # it ended between the two questions
+            found += [process] if process.is_running() and process.status() != psutil.STATUS_ZOMBIE else []
+    return found
+
+
+def kill(processes: Iterable[psutil.Process], number: int = signal.SIGKILL) -> None:
+    """The signal to each that is still there: workers end by themselves as soon as their launcher is killed."""
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.send_signal(number)
+
+
+def lose(process: subprocess.Popen[str]) -> None:
+    """All of a run at once, as when its machine is lost; nothing of it is left on return."""
+    members = family(process)
+    kill(members)
+    psutil.wait_procs(members, timeout=10)
+    assert not (left := alive(members)), f"outlived SIGKILL: {left}"
 
 
 @contextmanager
@@ -120,8 +147,7 @@ def started(arguments: list[str], cwd: Path = ROOT, module: str = "pipeline.laun
     try:
         yield process
     finally:
-        for member in family(process):
-            member.kill()
+        kill(family(process))
         process.wait(30)
 
 
@@ -140,9 +166,7 @@ def launch(
                 break
             except subprocess.TimeoutExpired:
                 if time.monotonic() > deadline:
-                    for member in seen.values():
-                        if member.is_running():
-                            member.kill()
+                    kill(seen.values())
                     raise
         left = alive([p for p in seen.values() if p.pid != process.pid])
         psutil.wait_procs(left, timeout=5)

@@ -8,15 +8,13 @@ import shlex
 import shutil
 import subprocess
 import sys
-import time
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 from huggingface_hub import HfApi
-from launching import ROOT, alive, family, launch, short_run, started
+from launching import ROOT, launch, lose, short_run, started, wait_until
 
 from pipeline.checkpoint import step_of, whole
 from pipeline.local_hub.faults import Fault
@@ -51,23 +49,20 @@ def record(workshop: Path) -> dict[str, Any]:
     return json.loads((workshop / "run" / "run.json").read_text(encoding="utf-8"))
 
 
+def backed_up(api: HfApi, repository: str) -> bool:
+    """A whole checkpoint is on the branch."""
+    if not api.repo_exists(repository) or "checkpoints-run" not in {b.name for b in api.list_repo_refs(repository).branches}:
+        return False
+    return any(path.endswith("manifest.json") for path in api.list_repo_files(repository, revision="checkpoints-run"))
+
+
 @pytest.mark.timeout(400)
 def test_a_machine_is_lost_and_an_empty_one_goes_on(workshop: Path, local_hub: Any, tmp_path: Path) -> None:
     repository = f"{local_hub.user}/lost"
     api = HfApi(endpoint=local_hub.url, token=local_hub.token)
     with started(arguments(workshop, repository), **local_hub.env) as process:
-        deadline = time.monotonic() + 200
-        while not api.repo_exists(repository) or "checkpoints-run" not in {b.name for b in api.list_repo_refs(repository).branches}:
-            assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-            time.sleep(0.2)
-        while not any(path.endswith("manifest.json") for path in api.list_repo_files(repository, revision="checkpoints-run")):
-            assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-            time.sleep(0.2)
-        members = family(process)
-        for member in members:
-            member.kill()
-        psutil.wait_procs(members, timeout=10)
-        assert not alive(members)
+        wait_until(process, lambda: backed_up(api, repository), seconds=200, look=0.2)
+        lose(process)
     assert not (workshop / "run" / "run.json").exists(), "it was lost in mid-run"
     shutil.rmtree(workshop / "run")
 
@@ -93,17 +88,12 @@ def test_a_hub_that_misbehaves_costs_nothing(workshop: Path, tmp_path: Path) -> 
     with HubProcess(tmp_path / "hub", faults=True) as hub:
         repository, environment = f"{hub.user}/gone", dict(hub.env)
         with started(arguments(workshop, repository), **environment) as process:
-            deadline = time.monotonic() + 200
-            while not whole(workshop / "run"):
-                assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-                time.sleep(0.05)
+            wait_until(process, lambda: bool(whole(workshop / "run")), seconds=200, look=0.05)
             troubles = [*(partial(hub.fault, fault) for fault in FAULTS), hub.revoke]
             for trouble in troubles:  # one after another, each met by the push of another checkpoint
                 trouble()
                 newest = step_of(whole(workshop / "run")[-1])
-                while step_of(whole(workshop / "run")[-1]) == newest:
-                    assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-                    time.sleep(0.05)
+                wait_until(process, lambda before=newest: step_of(whole(workshop / "run")[-1]) > before, look=0.05)
             hub.heal()
             hub.vanish()
             out, err = process.communicate(timeout=250)

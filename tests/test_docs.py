@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launching import ROOT, family
+from launching import ROOT, family, kill
 from test_machines import understood
 
 from benchmarks import figures
@@ -233,8 +233,7 @@ def serving(world: World, command: str) -> Iterator[None]:
                 time.sleep(0.2)
         yield
     finally:
-        for member in family(process):
-            member.send_signal(signal.SIGTERM)
+        kill(family(process), signal.SIGTERM)
         process.wait(30)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 import signal
@@ -14,7 +13,7 @@ from typing import Any
 import psutil
 import pyarrow.parquet
 import pytest
-from launching import ROOT, alive, family, launch, started
+from launching import ROOT, alive, family, kill, launch, started
 
 OPTIONS = {"max_length": "32", "global_batch_size": "16", "validation_share": "0.1", "precision": "fp32", "device": "cpu"}
 
@@ -146,8 +145,7 @@ def test_a_rank_that_dies_or_hangs_is_named_and_nothing_is_left(
         while not told.startswith("error: "):
             assert told, "the doctor ended without a word"
             told = process.stderr.readline()
-        with contextlib.suppress(psutil.NoSuchProcess):
-            second.kill()  # the launcher would give the rank that hangs half a minute to end
+        kill([second])  # the launcher would give the rank that hangs half a minute to end
         out, err = process.communicate(timeout=60)
     assert process.returncode == code, err
     assert re.search(words, told + err), told + err

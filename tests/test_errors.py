@@ -8,12 +8,11 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from launching import ROOT, error_lines, family, launch, started
+from launching import ROOT, error_lines, launch, started, wait_until, workers
 
 from pipeline.errors import explain
 
@@ -211,12 +210,8 @@ def test_what_only_the_second_rank_meets_is_told_by_it(texts: Path, tiny_model_d
 def test_a_worker_killed_by_the_system_is_named(texts: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
     arguments = ["train-ddp", "--dataset", str(texts), "--model", str(tiny_model_dir), "--device", "cpu", "--epochs", "200"]
     with started([*arguments, "--output_dir", str(tmp_path / "run")]) as process:
-        deadline = time.monotonic() + 120
-        while not list(tmp_path.glob("run/checkpoint-*/manifest.json")):
-            assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1]
-            time.sleep(0.05)
-        worker = next(p for p in reversed(family(process)) if p.environ().get("RANK") == "1")
-        worker.kill()
+        wait_until(process, lambda: any(tmp_path.glob("run/checkpoint-*/manifest.json")), look=0.05)
+        workers(process)[1].kill()
         _, err = process.communicate(timeout=60)
     assert process.returncode == 137
     assert "error: rank 1 was ended by SIGKILL" in err and "The same command goes on" in err

@@ -10,18 +10,16 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
 
-import psutil
 import pytest
 import yaml
 from datasets import ClassLabel, Dataset, Features, Value
 from huggingface_hub import HfApi
-from launching import ROOT, alive, environment, error_lines, family, launch, started
+from launching import ROOT, environment, error_lines, launch, lose, started, wait_until
 
 from benchmarks import bench_report
 from benchmarks.common import RESULTS
@@ -225,15 +223,8 @@ def test_every_cell_runs_and_a_lost_session_is_gone_on_with(
 
     arguments, place = session("first")
     with started(arguments, module=MODULE, **place) as process:
-        deadline = time.monotonic() + 300
-        while not (api.repo_exists(release) and find("ag_news-1", release, api)):
-            assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-            time.sleep(0.3)
-        members = family(process)
-        for member in members:
-            member.kill()
-        psutil.wait_procs(members, timeout=10)
-        assert not alive(members)
+        wait_until(process, lambda: bool(api.repo_exists(release) and find("ag_news-1", release, api)), seconds=300, look=0.3)
+        lose(process)
     assert not (tmp_path / "first" / "outputs" / "ag_news-1" / "run.json").exists(), "it was lost in mid-run"
     assert (pushed := find("ag_news-1", release, api))
 

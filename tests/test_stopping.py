@@ -11,7 +11,7 @@ from typing import Any
 
 import psutil
 import pytest
-from launching import alive, error_lines, family, launch, short_run, started, suspend_in_a_step, wait_until
+from launching import alive, error_lines, family, launch, short_run, started, suspend_in_a_step, wait_until, workers
 
 SETTINGS = """
 validation_share: 0.05
@@ -60,10 +60,6 @@ def same(run: dict[str, Any], other: dict[str, Any]) -> None:
         theirs["steps"],
         theirs["best"]["step"],
     )
-
-
-def workers(process: Any) -> dict[int, psutil.Process]:
-    return {int(p.environ()["RANK"]): p for p in family(process) if "RANK" in p.environ()}
 
 
 def interrupt(

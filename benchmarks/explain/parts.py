@@ -21,6 +21,7 @@ from benchmarks.scaling import exposed, fit_link, hidden_share
 OWN = ("data", "to_device", "forward", "backward", "optimizer")
 PARTS = (*OWN, "contention", "straggler", "communication")
 RIGHT_WITHIN = 0.05  # a predicted speed-up, or a remedy's gain, is called right when it is that close to the measured one
+LIKELY_WITHIN = 0.2  # the whole width of an interval that still tells something
 DRAWS, SEED = 200, 0
 ENOUGH = 4  # rounds, to judge a prediction by how they differ
 
@@ -144,13 +145,16 @@ def spread(turns: Turns, figure: Callable[[Turns], Mapping[str, float]]) -> dict
 
 
 def verdict(off: Mapping[str, float], rounds: int) -> str:
-    """What was predicted is by so much off what was measured: `right` or `wrong` where the whole 90% interval says so, else
-    `open`, for then the rounds differ by more than what is asked, or are too few to tell by how much they do."""
+    """What was predicted is by so much off what was measured: `right` or `wrong` where the whole 90% interval says so, `likely`
+    right where only its middle does and it is not too wide, else `open`, for then the rounds differ by too much, or are too few
+    to tell by how much they do."""
     if rounds < ENOUGH:
         return "open"
     if max(abs(off["lowest"]), abs(off["highest"])) <= RIGHT_WITHIN:
         return "right"
-    return "wrong" if off["lowest"] > RIGHT_WITHIN or off["highest"] < -RIGHT_WITHIN else "open"
+    if off["lowest"] > RIGHT_WITHIN or off["highest"] < -RIGHT_WITHIN:
+        return "wrong"
+    return "likely" if abs(off["median"]) <= RIGHT_WITHIN and off["highest"] - off["lowest"] <= LIKELY_WITHIN else "open"
 
 
 def link_seconds(turns: Turns, dtype: str) -> list[float]:

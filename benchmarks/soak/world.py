@@ -168,7 +168,8 @@ class ServiceProcess:
         code, seconds = await self.exit()
         _, left = await asyncio.to_thread(psutil.wait_procs, children, 3)
         for child in left:
-            child.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
         if left:
             raise NotHeld(f"{len(left)} child process(es) of the service outlived it by 3 s")
         return code, seconds
