@@ -37,6 +37,7 @@ REMEDIES: dict[str, dict[str, Any]] = {
 }
 LINK_BYTES = [2**12, 2**16, 2**18, 2**20, 2**22, 2**24, 2**26]
 LINK_REPEATS = 7
+WARM_TURNS = 2  # of each launch, not counted: what a first time costs, kernels for new shapes and memory; as many with stamps in odd steps as in even
 
 
 class Launch:
@@ -123,6 +124,9 @@ def measure(options: Sequence[str], processes: int, device: str, rounds: int, st
             str(size): [span[3] for span in many.ask("timeline", steps=1, bucket_mb=size)[0][0] if span[0] == "all-reduce"]
             for size in sorted({25, *(changes["bucket_mb"] for changes in REMEDIES.values() if "bucket_mb" in changes)})
         }
+        for launch in launches.values():
+            for _ in range(WARM_TURNS):
+                launch.ask("entry", steps=steps)
         turns = {f"{name}/{way}": partial(launches[name].ask, **task) for name, way, task in plan}
         raw = interleave(turns, rounds, order=random.Random(0), bar=bar)
         # A GPU's all-reduce runs in a stream of its own, where the host's clock does not see it.
