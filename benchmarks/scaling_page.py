@@ -18,11 +18,11 @@ def sentence(results: Mapping[str, Any]) -> str:
     """The headline: what the fastest and a common link would leave of 64 ranks, and how far off the check was."""
     curve, last = results["curves"][-1], results["ranks"][-1]
     left = ", ".join(f"{curve['efficiency'][name][-1]:.0%} over {name}" for name in ("NVLink 3 (A100)", "100 Gb/s Ethernet"))
-    checked, informed = results["held_out"]
+    checked, *_, informed = results["held_out"]
     return (
         f"Predicted for {last} ranks {curve['faster']:g} times as fast as the one measured, {curve['rows']:g} rows each: an efficiency of {left}; "
         f"checked at {results['measured']['ranks']} ranks here: {checked['predicted']:.2f}x predicted, {checked['measured']:.2f}x measured; "
-        f"knowing how the ranks slow each other down, {informed['predicted']:.2f}x."
+        f"knowing how ranks and hidden all-reduces slow each other down, {informed['predicted']:.2f}x."
     )
 
 
@@ -65,9 +65,9 @@ def section(results: Mapping[str, Any], machine: str = "") -> str:
         "|---|---|---|---|",
         *(f"| {row['known']} | {row['predicted']:.2f}x | {row['measured']:.2f}x | {row['error']:+.1%} |" for row in results["held_out"]),
     ]
-    strict, informed = (abs(row["error"]) for row in results["held_out"])
+    strict, *_, informed = (abs(row["error"]) for row in results["held_out"])
     if informed > strict:
-        lines += ["", "The second knows more and is further off: errors of the first cancel each other."]
+        lines += ["", "The last knows most and is further off than the first, whose errors cancel each other."]
     return "\n".join(lines) + "\n"
 
 

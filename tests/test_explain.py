@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,12 +69,19 @@ def launch(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> It
             yield launches["many"]
 
 
-def turns(launch: Launch, slow: list[int]) -> dict[str, list[Any]]:
+WAYS: dict[str, tuple[str, dict[str, Any]]] = {
+    "entry": ("entry", {}), "alone": ("own", {"together": False}), "together": ("own", {"together": True}),
+}  # fmt: skip
+
+
+def turns(launch: Launch, slow: list[int], ways: Sequence[str] = tuple(WAYS)) -> dict[str, list[Any]]:
+    """Rounds of those ways, in which the ranks `slow` are."""
     launch.ask("slow", ranks=slow, seconds=DELAY)
-    found: dict[str, list[Any]] = {"many/entry": [], "many/alone": []}
+    found: dict[str, list[Any]] = {f"many/{way}": [] for way in ways}
     for _ in range(ROUNDS):
-        for way in ("entry", "alone"):
-            found[f"many/{way}"].append(launch.ask(way, steps=STEPS))
+        for way in ways:
+            method, task = WAYS[way]
+            found[f"many/{way}"].append(launch.ask(method, steps=STEPS, **task))
     return found
 
 
@@ -96,12 +103,14 @@ def test_a_delay_is_found_in_its_part(launch: Launch) -> None:
     assert all(abs(one[part]) < NEAR for part in PARTS if part not in ("forward", "straggler")), one
 
 
-def test_what_is_slower_together_than_alone_is_contention(launch: Launch) -> None:
-    """Ranks that are slower beside each other than alone, here because the delay is set only while they train together."""
-    together = turns(launch, [0, 1])
-    alone = turns(launch, [])
-    found = account({"many/entry": together["many/entry"], "many/alone": alone["many/alone"]}, "many")
-    assert found["contention"] == pytest.approx(DELAY, abs=NEAR) and abs(found["straggler"]) < NEAR and abs(found["communication"]) < NEAR
+@pytest.mark.parametrize(("part", "slow"), [("contention", ("entry", "together")), ("overlap", ("entry",))])
+def test_what_is_slower_together_is_contention_and_what_is_slower_with_all_reduces_their_price(
+    launch: Launch, part: str, slow: tuple[str, ...]
+) -> None:
+    """Ranks that are slower beside each other than alone, or only when they exchange: here because the delay is set only then."""
+    found = account(turns(launch, [0, 1], slow) | turns(launch, [], [way for way in WAYS if way not in slow]), "many")
+    assert found[part] == pytest.approx(DELAY, abs=NEAR)
+    assert all(abs(found[other]) < NEAR for other in ("contention", "overlap", "straggler", "communication") if other != part), found
 
 
 def test_the_stamps_sleep_in_every_other_step(launch: Launch) -> None:
@@ -164,6 +173,7 @@ def test_losses_and_efficiency_make_a_whole() -> None:
         "backward": 0.26,
         "optimizer": 0.1,
         "contention": 0.05,
+        "overlap": 0.0,
         "straggler": 0.02,
         "communication": 0.06,
         "rest": 0.04,
@@ -181,6 +191,25 @@ def test_losses_and_efficiency_make_a_whole() -> None:
     )
 
 
+def test_what_is_hidden_has_its_price() -> None:
+    """Two buckets of 10 ms and a last one of 50: backward hides all of the two, and is 20 ms longer for it. One bucket hides nothing."""
+    link, buckets = Link(latency=0.0, bandwidth=1e9), [10_000_000, 10_000_000, 50_000_000]
+    turns: dict[str, Any] = {"many/entry": [[[{"backward": 0.3, "optimizer": 0.1, "step": 0.5}]] * 2]}
+    turns |= {f"many/link {dtype}": [[[link.all_reduce(size, 2) for size in LINK_BYTES]] * 2] for dtype in ("float32", "float16")}
+    turns["many/passes"] = [[{"casts": 0.0, "sum": 0.04}] * 2]
+    sizes = {"5": [5_000_000] * 4 + [50_000_000], "25": buckets, "100": [sum(buckets)]}
+
+    def saved(overlap: float) -> dict[str, float]:
+        found = predictions(turns, sizes, {"communication": 0.01}, {"communication": 0.06, "overlap": overlap, "step": 0.5}, 2)
+        return {name: 0.5 - 0.5 / (1 + gain) for name, gain in found.items()}
+
+    free, paid = saved(0.0), saved(0.02)
+    assert free["larger buckets"] == pytest.approx(-0.02) and paid["larger buckets"] == pytest.approx(0)
+    assert free["smaller buckets"] == pytest.approx(0) and paid["smaller buckets"] == pytest.approx(0)
+    assert free["fp16 hook"] == pytest.approx(0.025) and paid["fp16 hook"] == pytest.approx(0.035)
+    assert free["accumulation"] == pytest.approx((0.06 + 0.1 - 0.04) / 2) and paid["accumulation"] == pytest.approx((0.08 + 0.1 - 0.04) / 2)
+
+
 @pytest.mark.parametrize("talking", [-0.04, 0.05, 0.3])
 def test_what_changes_nothing_is_predicted_to_change_nothing(talking: float) -> None:
     """Whatever the all-reduce was found to cost: less than nothing, as differences of measurements can come out, or a lot."""
@@ -189,15 +218,17 @@ def test_what_changes_nothing_is_predicted_to_change_nothing(talking: float) -> 
     turns: dict[str, Any] = {f"many/{name}": [[[step] * 4] * 2] * 3 for name in ("entry", *REMEDIES)}
     turns["many/accumulation"] = [[[step] * 2] * 2] * 3  # half as many steps of twice the rows, each as long: twice as fast
     turns |= {f"many/link {dtype}": [[[link.all_reduce(size, 2) for size in LINK_BYTES]] * 2] * 3 for dtype in ("float32", "float16")}
-    turns["many/casts"] = [[0.0, 0.0]] * 3
+    turns["many/passes"] = [[{"casts": 0.0, "sum": 0.0}] * 2] * 3
     sizes = dict.fromkeys(("5", "25", "100"), buckets)
-    predicted = predictions(turns, sizes, {"communication": 0.01}, {"communication": 0.01 + talking, "step": 0.6}, 2)
+    predicted = predictions(turns, sizes, {"communication": 0.01}, {"communication": 0.01 + talking, "overlap": 0.03, "step": 0.6}, 2)
     for name in ("larger buckets", "smaller buckets", "static graph"):
         assert predicted[name] == pytest.approx(0) and gains(turns)[name] == pytest.approx(0)
     assert predicted["fp16 hook"] > 0, "half of the bytes over a link that is as fast"
-    turns["many/casts"] = [[0.1, 0.3]] * 3
+    turns["many/passes"] = [[{"casts": casts, "sum": 0.0} for casts in (0.1, 0.3)]] * 3
     saved = 0.6 - 0.6 / (1 + predicted["fp16 hook"])
-    slower = predictions(turns, sizes, {"communication": 0.01}, {"communication": 0.01 + talking, "step": 0.6}, 2)["fp16 hook"]
+    slower = predictions(turns, sizes, {"communication": 0.01}, {"communication": 0.01 + talking, "overlap": 0.03, "step": 0.6}, 2)[
+        "fp16 hook"
+    ]
     assert 0.6 / (1 + slower) == pytest.approx(0.6 - saved + 0.3), "the slower rank's casts come on top"
     assert gains(turns)["accumulation"] == pytest.approx(1)
 
@@ -234,8 +265,8 @@ def test_a_rank_alone_is_compared_in_the_same_steps() -> None:
     """One round: stamps in the short steps alone, while the rank by itself has all of them."""
     short, long = ({"ready": 0.0, "backward": seconds, "step": seconds} for seconds in (0.5, 2.0))
     entry = [[[short, {"step": 2.0}] * 2] * 2]
-    found = account({"many/entry": entry, "many/alone": [[[short, long] * 2] * 2]}, "many")
-    assert found["contention"] == 0 and found["backward"] == found["step"] == 0.5 and found["plain"] == 2
+    found = account({"many/entry": entry} | {f"many/{way}": [[[short, long] * 2] * 2] for way in ("alone", "together")}, "many")
+    assert found["contention"] == found["overlap"] == 0 and found["backward"] == found["step"] == 0.5 and found["plain"] == 2
 
 
 @pytest.mark.parametrize(("option", "value"), [("--steps", "3"), ("--processes", "1"), ("--rounds", "0")])

@@ -5,15 +5,16 @@
     python -m benchmarks.explain --timeline                         # only the picture of a step, some ten seconds
 
 The step measured is the training script's (`pipeline.train_ddp`) at its defaults: the same global batch, dealt out by
-tokens. Three launches are kept ready and measured in turns, a few steps a turn, always the same ones:
-one process with as many threads as each of several has, several processes, and one process with all cores.
+tokens. Three launches are kept ready and measured in turns, a few steps a turn, always the same ones, which each has taken
+before: one process with as many threads as each of several has, several processes, and one process with all cores.
 
 1. The training script's own loop gives the speed-up, by its own clock.
 2. In every other step, time stamps are set by what the script is given (loader, model, its parameters, loss scaler, recorder): data,
    host to device, forward, backward to the rank's last gradient, waiting for the slowest rank's last gradient, what of the
    all-reduces is left after it, clipping with the optimizer. (A stamp takes a microsecond; on a GPU it waits for the queue.)
-3. The same steps on one rank while the others sleep: how much faster its own parts are then is contention, for cores, memory or
-   power, with the other ranks and with the all-reduces that run under backward.
+3. The same steps with nothing exchanged, on one rank while the others sleep and on all together: what a rank's own parts take
+   longer together is contention, for cores, memory or power; what they take longer again in 2 is the price of the all-reduces
+   that run under backward.
 4. What may help, each measured as 2 is, and predicted from 2, 3 and timed all-reduces.
 
 `benchmarks.explain.parts` has the arithmetic, `benchmarks.scaling` what follows for more ranks, which this runs as well.

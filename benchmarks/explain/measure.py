@@ -107,16 +107,17 @@ def shapes(processes: int, device: str) -> dict[str, tuple[int, int]]:
 def measure(options: Sequence[str], processes: int, device: str, rounds: int, steps: int, folder: Path) -> dict[str, Any]:
     """Raw figures: `about` by launch, and by `launch/way` the rounds, each a list over ranks of a list over steps.
 
-    Ways: `entry`, `alone` and each remedy (seconds by part), `link float32` and `link float16` (seconds by size), `casts` (seconds).
+    Ways: `entry`, `alone`, `together` and each remedy (seconds by part), `link float32` and `link float16` (seconds by size), and
+    `passes` (seconds by name).
     Beside them `buckets`, the bytes of each all-reduce by size of bucket, and a `timeline`.
     """
     formed = shapes(processes, device)
     plan: list[tuple[str, str, dict[str, Any]]] = [(name, "entry", {"method": "entry", "steps": steps}) for name in formed]
-    plan += [("many", "alone", {"method": "alone", "steps": steps})]
+    plan += [("many", way, {"method": "own", "steps": steps, "together": way == "together"}) for way in ("alone", "together")]
     plan += [("many", name, {"method": "entry", "steps": steps, **changes}) for name, changes in REMEDIES.items()]
     for dtype in ("float32", "float16"):
         plan += [("many", f"link {dtype}", {"method": "link", "sizes": LINK_BYTES, "repeats": LINK_REPEATS, "dtype": dtype})]
-    plan += [("many", "casts", {"method": "casts", "repeats": LINK_REPEATS})]
+    plan += [("many", "passes", {"method": "passes", "repeats": LINK_REPEATS})]
     with launched(formed, options, folder) as launches, tqdm(total=rounds * len(plan), unit="turn", desc="explain") as bar:
         about = {name: launch.ask("about")[0] for name, launch in launches.items()}
         many = launches["many"]

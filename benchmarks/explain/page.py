@@ -13,17 +13,18 @@ WORTH_SAYING = 0.005
 ADDS_UP_WITHIN = 0.03  # of a step
 TITLES = {
     "data": "data", "to_device": "to the device", "forward": "forward", "backward": "backward", "optimizer": "clipping and optimizer",
-    "contention": "contention", "straggler": "waiting for the slower rank", "communication": "all-reduce not hidden", "rest": "everything else",
+    "contention": "contention", "overlap": "hidden all-reduces' price", "straggler": "waiting for the slower rank", "communication": "all-reduce not hidden", "rest": "everything else",
 }  # fmt: skip
 LOST = {
-    "contention": "the ranks slowing each other down", "communication": "all-reduce not hidden under backward",
+    "contention": "the ranks slowing each other down", "overlap": "backward slowed by the all-reduces that run under it",
+    "communication": "all-reduce not hidden under backward",
     "copies": "DDP's own work after backward, which each rank does in full",
     "straggler": "waiting for the slower rank", "optimizer": "the optimizer, which each rank runs in full",
     "small_batch": "a smaller batch a rank, which computes less per second", "rest": "everything else",
 }  # fmt: skip
 COLOURS = {
     "data": "#8c8c8c", "to_device": "#bfbfbf", "forward": "#4c78a8", "backward": "#2f5581", "optimizer": "#72b7b2",
-    "contention": "#e45756", "straggler": "#eeca3b", "communication": "#f58518", "rest": "#d9d9d9",
+    "contention": "#e45756", "overlap": "#b279a2", "straggler": "#eeca3b", "communication": "#f58518", "rest": "#d9d9d9",
 }  # fmt: skip
 
 
@@ -83,8 +84,8 @@ def section(results: Mapping[str, Any], machine: str = "") -> str:
         f"{_interval(measured, '.2f', 'x')}. The steps between them, with time stamps around their parts: {speedup['stamped']:.2f}x, and "
         f"{speedup['predicted']:.2f}x from the parts, off what the script measures by {_interval(off, '+.3f')}: {agree}. The parts add up to "
         f"{of_one:.1%} of the step of one and {of_many:.1%} of that of {ranks} (accepted: within {ADDS_UP_WITHIN:.0%}){'' if added_up(results) else '; NOT held'}. That says that stamps miss and cost "
-        "next to nothing. All but contention are stamped in the steps themselves; contention is the difference to a rank that computes alone, and whether the parts "
-        "are told apart rightly shows in what they predict: for the changes below, and under More ranks for two processes from one.",
+        "next to nothing. All but two parts are stamped in the steps themselves: contention is how much longer a rank's own work takes beside the others than alone, with nothing exchanged, and the price of "
+        "hidden all-reduces how much longer again in training. Whether the parts are told apart rightly shows in what they predict: for the changes below, and under More ranks for two processes from one.",
     ]
     if all_cores := results["speedup_all_cores"]:
         lines += [
@@ -139,7 +140,7 @@ def _remedies(results: Mapping[str, Any]) -> list[str]:
         "What would help: rows per second against the defaults, predicted from the parts before, and measured in the same rounds. "
         f"Most was expected of {expected['remedy']}: {expected['predicted']:+.1%}. {verdict} "
         "(Accumulation doubles the rows of an optimizer step, which changes what is learnt; the others do not, but for fp16's rounding. "
-        f"That hook's casts alone take {results['casts'] * 1e3:.0f} ms of a step here.) "
+        f"That hook's casts alone take {results['passes']['casts'] * 1e3:.0f} ms of a step here.) "
         f"A prediction is right where the 90% interval of its error lies within {RIGHT_WITHIN * 100:.0f} points, likely right where only its middle does and it is at most {LIKELY_WITHIN * 100:.0f} points wide.",
         "",
         f"| change | options | predicted | measured | right within {RIGHT_WITHIN * 100:.0f} points |",
@@ -173,7 +174,7 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
             start = right if width >= 0 else (left := left + width)
             bars.barh(y, abs(width), left=start, color=COLOURS[part], edgecolor="white", linewidth=0.8, height=0.62)
             if width > 0.07 * max(a["step"] for a in accounts.values()) * 1e3:
-                dark = part in ("forward", "backward", "contention")
+                dark = part in ("forward", "backward", "contention", "overlap")
                 bars.text(right + width / 2, y, f"{width:.0f}", ha="center", va="center", fontsize=9, color="white" if dark else "black")
             right += max(0.0, width)
         bars.text(right, y, f"  {account['step'] * 1e3:.0f} ms", va="center", fontweight="bold")

@@ -1,7 +1,7 @@
 """From raw time stamps to the account of a step: its parts, the lost speed-up, and what remedies should bring and brought.
 
-Seconds of a step are means over rounds and ranks, then over steps, so that they add up; those of a link and of casts, which are
-short, medians. In each turn the stamps sleep in every other step, in the next turn of that kind in the others: steps with stamps
+Seconds of a step are means over rounds and ranks, then over steps, so that they add up; those of a link and of passes over all
+gradients, which are short, medians. In each turn the stamps sleep in every other step, in the next turn of that kind in the others: steps with stamps
 and without are neighbours, and a machine that is slow for some seconds is slow for both. How far the figures can be trusted is
 told by the bootstrap: all of it again from rounds drawn with replacement, DRAWS times, as many of those that stamp the even steps
 and the odd ones as there are; between the 5th and the 95th percentile lie 90% (B. Efron and R. Tibshirani, An Introduction to the
@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 
 from benchmarks.explain.measure import LINK_BYTES, REMEDIES
-from benchmarks.scaling import exposed, fit_link, hidden_share
+from benchmarks.scaling import Link, exposed, fit_link, hidden_share
 
 OWN = ("data", "to_device", "forward", "backward", "optimizer")
-PARTS = (*OWN, "contention", "straggler", "communication")
+PARTS = (*OWN, "contention", "overlap", "straggler", "communication")
 RIGHT_WITHIN = 0.05  # a predicted speed-up, or a remedy's gain, is called right when it is that close to the measured one
 LIKELY_WITHIN = 0.2  # the whole width of an interval that still tells something
 DRAWS, SEED = 200, 0
@@ -52,29 +52,34 @@ def account(turns: Turns, name: str) -> dict[str, float]:
     """The parts of a step of one launch, in seconds of the average rank: they add up to the measured `step`. Beside them `plain`,
     the measured step without stamps.
 
-    All but contention are stamped in the steps themselves:
+    All but contention and overlap are stamped in the steps themselves:
 
     - straggler: from a rank's last gradient to that of the slowest rank, before which no average can be complete (the clock is
       the machine's). Ranks that differ by d have it twice, as a wait of the fast one and as longer work of the slow one; the
       mean over ranks counts each with its half, which is what a perfect balance would gain;
     - communication: from the slowest rank's last gradient to the end of backward: what of the all-reduces backward does not hide,
       with DDP's last work on its buckets, which at one process is all there is;
-    - contention: how much longer a rank's own data, forward, backward and optimizer take than on one rank alone, the others
-      asleep and nothing exchanged: they share cores, memory and power with the other ranks, and with the all-reduces that run
-      under backward;
-    - data, to_device, forward, backward (to its last gradient), optimizer (with clipping): a rank's own, less contention;
+    - contention: how much longer a rank's own data, forward, backward and optimizer take beside the other ranks, nothing exchanged,
+      than alone, the others asleep: they share cores, memory and power;
+    - overlap: how much longer again they take in training, where all-reduces run under backward and need cores (on a GPU,
+      multiprocessors) and memory as well;
+    - data, to_device, forward, backward (to its last gradient), optimizer (with clipping): a rank's own, as if it were alone;
     - rest: what the training script's clock holds beyond the stamps: from a step's end to its next batch, with its recorder,
       its watch and its word on stopping, at which ranks that differ in the optimizer wait for each other.
     """
     rounds = turns[f"{name}/entry"]
     mean = {part: average(seconds(rounds, part)) for part in (*OWN, "reduce", "step")}
-    slower = dict.fromkeys(OWN, 0.0)
-    if alone := turns.get(f"{name}/alone"):
-        slower = {part: float(np.nanmean(each_step(seconds(rounds, part)) - each_step(seconds(alone, part)))) for part in OWN}
+    contention, overlap = dict.fromkeys(OWN, 0.0), dict.fromkeys(OWN, 0.0)
+    if f"{name}/alone" in turns:
+        for part in OWN:
+            alone, together, entry = (each_step(seconds(turns[f"{name}/{way}"], part)) for way in ("alone", "together", "entry"))
+            known = ~np.isnan(entry)  # the steps that had stamps in some round
+            contention[part], overlap[part] = float((together - alone)[known].mean()), float((entry - together)[known].mean())
     ready = seconds(rounds, "ready")
     straggler = average(ready.max(axis=1, keepdims=True) - ready)
-    parts = {part: mean[part] - slower[part] for part in OWN}
-    parts |= {"contention": sum(slower.values()), "straggler": straggler, "communication": mean["reduce"] - straggler}
+    parts = {part: mean[part] - contention[part] - overlap[part] for part in OWN}
+    parts |= {"contention": sum(contention.values()), "overlap": sum(overlap.values())}
+    parts |= {"straggler": straggler, "communication": mean["reduce"] - straggler}
     parts |= {"rest": mean["step"] - sum(parts.values()), "step": mean["step"]}
     return parts | {"plain": average(seconds(rounds, "step", stamped=False))}
 
@@ -87,7 +92,7 @@ def losses(one: Mapping[str, float], many: Mapping[str, float], ranks: int) -> d
 
     lost = {
         "communication": many["communication"] - one["communication"], "copies": one["communication"] * (1 - 1 / ranks),
-        "contention": many["contention"], "straggler": many["straggler"], "optimizer": beyond_share("optimizer"),
+        "contention": many["contention"], "overlap": many["overlap"], "straggler": many["straggler"], "optimizer": beyond_share("optimizer"),
         "small_batch": beyond_share("data", "to_device", "forward", "backward"), "rest": beyond_share("rest"),
     }  # fmt: skip
     return {name: value / many["step"] for name, value in lost.items()}
@@ -109,17 +114,30 @@ def predictions(
     """By remedy: the gain in rows per second to be expected from the parts and from timed all-reduces.
 
     Of several buckets the last, full only when backward ends, is never hidden; of the others the share that explains what was
-    measured with the default ones. The fp16 hook halves the bytes, over the link as timed in fp16, and pays for its casts, none
-    of them hidden: cores that compute have no time for them beside it. Accumulation pays for one all-reduce and one optimizer
-    step where there were two. A static graph saves a search that is switched off anyway.
+    measured with the default ones; and what is hidden costs backward what it was measured to cost with them, a second. The fp16
+    hook halves the bytes, over the link as timed in fp16, and pays for its casts, none of them hidden: cores that compute have
+    no time for them beside it. Accumulation pays for one all-reduce and one optimizer step where there were two, and for a sum of
+    gradients. A static graph saves a search that is switched off anyway.
     """
     link, halves = (fit_link(LINK_BYTES, link_seconds(turns, dtype), ranks) for dtype in ("float32", "float16"))
     hidden = hidden_share(link, buckets["25"], ranks, many["communication"] - one["communication"])  # DDP's own work stays
-    now = exposed(link, buckets["25"], ranks, hidden)  # by the same model, so that no change is predicted to change nothing
-    sized = {name: buckets[str(changes["bucket_mb"])] for name, changes in REMEDIES.items() if "bucket_mb" in changes}
-    saved = {name: now - exposed(link, sizes, ranks, hidden) for name, sizes in sized.items()}
-    saved["fp16 hook"] = now - exposed(halves, [size // 2 for size in buckets["25"]], ranks, hidden) - cast_seconds(turns)
-    saved["accumulation"] = (many["communication"] + average(seconds(turns["many/entry"], "optimizer"))) / 2
+
+    def after_and_under(link: Link, sizes: Sequence[int]) -> tuple[float, float]:
+        """Seconds of all-reduces after backward and under it."""
+        after = exposed(link, sizes, ranks, hidden)
+        return after, max(0.0, sum(link.all_reduce(size, ranks) for size in sizes) - after)
+
+    now, under = after_and_under(link, buckets["25"])  # by the same model, so that no change is predicted to change nothing
+    price = many["overlap"] / under if under else 0.0  # seconds of backward for a second of all-reduces under it
+
+    def saved_by(link: Link, sizes: Sequence[int]) -> float:
+        after, beneath = after_and_under(link, sizes)
+        return now - after + price * (under - beneath)
+
+    saved = {name: saved_by(link, buckets[str(changes["bucket_mb"])]) for name, changes in REMEDIES.items() if "bucket_mb" in changes}
+    saved["fp16 hook"] = saved_by(halves, [size // 2 for size in buckets["25"]]) - pass_seconds(turns, "casts")
+    optimizer = average(seconds(turns["many/entry"], "optimizer"))
+    saved["accumulation"] = (many["communication"] + many["overlap"] + optimizer - pass_seconds(turns, "sum")) / 2
     saved["static graph"] = 0.0
     return {name: many["step"] / (many["step"] - saved[name]) - 1 for name in REMEDIES}
 
@@ -162,9 +180,9 @@ def link_seconds(turns: Turns, dtype: str) -> list[float]:
     return np.median(np.array(turns[f"many/link {dtype}"]).max(axis=1), axis=0).tolist()
 
 
-def cast_seconds(turns: Turns) -> float:
-    """Median over rounds of what the slower rank takes to cast all gradients of a step to fp16 and back."""
-    return float(np.median(np.array(turns["many/casts"]).max(axis=1)))
+def pass_seconds(turns: Turns, name: str) -> float:
+    """Median over rounds of what the slower rank takes for that pass over all gradients of a step."""
+    return float(np.median([max(rank[name] for rank in ranks) for ranks in turns["many/passes"]]))
 
 
 def explain(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -191,7 +209,7 @@ def explain(raw: Mapping[str, Any]) -> dict[str, Any]:
         "remedies": [{"remedy": name, "options": REMEDIES[name], "predicted": predicted[name], "measured": found[name],
                       "off": error[name], "verdict": verdict(error[name], rounds)} for name in REMEDIES],
         "link": {"bytes": LINK_BYTES} | {dtype: link_seconds(turns, dtype) for dtype in ("float32", "float16")},
-        "casts": cast_seconds(turns),
+        "passes": {name: pass_seconds(turns, name) for name in ("casts", "sum")},
         "buckets": raw["buckets"],
         "rounds": rounds,
         "steps": len(entries[0][0]),

@@ -246,33 +246,35 @@ class Rank:
         gc.collect()  # its DDP holds buckets of the gradient's size
         return recorder.parts[WARM_UP // accumulation :]
 
-    def alone(self, steps: int) -> list[dict[str, float]]:
-        """Seconds of each part of the same steps as `entry`'s, one rank after another, the others asleep, `(steps,)`.
+    def own(self, steps: int, together: bool) -> list[dict[str, float]]:
+        """Seconds of each part of the same steps as `entry`'s with nothing exchanged, `(steps,)`: on all ranks together, or on one
+        after another, the others asleep.
 
         DDP fills its buckets as ever, but nobody is asked for an average: each rank goes on with its own gradients.
         """
 
-        def own(_, bucket):  # type: ignore[no-untyped-def]  # torch looks at annotations, and wants types there, not strings
+        def kept(_, bucket):  # type: ignore[no-untyped-def]  # torch looks at annotations, and wants types there, not strings
             done: torch.futures.Future[torch.Tensor] = torch.futures.Future()
             done.set_result(bucket.buffer())
             return done
 
         ddp, batches = self._begin()
         ddp.broadcast_buffers = False  # rank 0 would wait in it for the others
-        ddp.register_comm_hook(None, own)
+        ddp.register_comm_hook(None, kept)
         line = Timeline(self.topology.torch_device)
         measured: list[dict[str, float]] = []
         with last_gradients_noted(self.state.model, lambda: line):
             for _ in range(WARM_UP):
                 line = Timeline(self.topology.torch_device)
                 self._step(ddp, batches, line)
-            for turn in range(self.topology.world_size):
+            for turn in range(1 if together else self.topology.world_size):
                 dist.barrier(self.asleep)
-                if turn == self.topology.rank:
-                    for _ in range(steps):
-                        line = Timeline(self.topology.torch_device)
-                        self._step(ddp, batches, line)
-                        measured.append(line.seconds())
+                for _ in range(steps if together or turn == self.topology.rank else 0):
+                    line = Timeline(self.topology.torch_device)
+                    self._step(ddp, batches, line)
+                    measured.append(line.seconds())
+                    if together:  # as after an all-reduce: the ranks begin their next step at the same time
+                        dist.barrier(self.asleep)
             dist.barrier(self.asleep)
         return measured
 
@@ -320,16 +322,23 @@ class Rank:
             seconds.append(statistics.median(figures))
         return seconds
 
-    def casts(self, repeats: int) -> float:
-        """Median seconds of what the fp16 hook computes itself in a step, on all ranks at once: all gradients to fp16, and back."""
+    def passes(self, repeats: int) -> dict[str, float]:
+        """Median seconds of passes over all gradients, on all ranks at once: `casts`, to fp16 and back, which its hook takes each
+        step, and `sum`, which adds a backward's gradients to those of the one before."""
         size = sum(p.numel() for p in self.state.model.parameters() if p.requires_grad)
-        vector, figures = torch.zeros(size, device=self.topology.torch_device), []
+        old, new = torch.zeros(2, size, device=self.topology.torch_device)
+        ways: dict[str, Callable[[], object]] = {
+            "casts": lambda: old.copy_(old.to(torch.float16).div_(self.topology.world_size)),
+            "sum": lambda: old.add_(new),
+        }
+        figures: dict[str, list[float]] = {name: [] for name in ways}
         for _ in range(repeats):
-            dist.barrier(self.asleep)
-            began = now(self.topology.torch_device)
-            vector.copy_(vector.to(torch.float16).div_(self.topology.world_size))
-            figures.append(now(self.topology.torch_device) - began)
-        return statistics.median(figures)
+            for name, go in ways.items():
+                dist.barrier(self.asleep)
+                began = now(self.topology.torch_device)
+                go()
+                figures[name].append(now(self.topology.torch_device) - began)
+        return {name: statistics.median(seconds) for name, seconds in figures.items()}
 
     def _begin(self, **changes: Any) -> tuple[DistributedDataParallel, Iterator[Any]]:
         """A fresh wrap, which gives all ranks rank 0's weights again, and the micro-batches of the first epoch from its start."""
