@@ -42,7 +42,8 @@ def section(results: Mapping[str, Any], machine: str = "") -> str:
         f"{results['fit']['error']:+.0%} off for the {results['fit']['bytes'] / 2**20:.0f} MiB timed.",
         "",
         f"A rank here is {label({**source['about'], 'processes': 1})}, so slow that most links look alike; the lower half assumes ranks that compute "
-        f"{results['curves'][-1]['faster']:g} times as fast, which nobody measured. The links are at their line rates, each rank has one of its own.",
+        f"{results['curves'][-1]['faster']:g} times as fast, which nobody measured. The links are at their line rates, each rank has one of its own. "
+        "Contention, and what hidden all-reduces take from backward, are this machine's: the crosses have them, the curves do not.",
         "",
         f"![Predicted efficiency]({named('scaling', machine)}.png)",
         "",
