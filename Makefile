@@ -66,8 +66,8 @@ explain: $(VENV)/.requirements ## Where the missing speed-up went, part by part,
 scaling: $(VENV)/.requirements ## Predicted efficiency for 2 to 64 ranks, from what explain measured (ARGS="--faster 200")
 	@$(PY) -m benchmarks.scaling $(ARGS)
 
-bench-report: $(VENV)/.requirements ## The pages of speed, made of benchmarks/results/*.json
-	@$(PY) -m benchmarks.bench_report $(ARGS)
+bench-report: $(VENV)/.requirements ## The pages of speed, and the figures in README and docs, made of benchmarks/results/*.json
+	@$(PY) -m benchmarks.bench_report $(ARGS) && $(PY) -m benchmarks.figures
 
 bench-serve: $(VENV)/.requirements ## The service beside FastAPI + pipeline, LitServe and mosec (MODEL= ARGS="--quick --dataset ...")
 	@$(PY) -m benchmarks.bench_serve $(if $(MODEL),--model "$(MODEL)") $(ARGS)
