@@ -11,7 +11,8 @@ A step of n ranks takes
   computing at a time: a rank's share of the batch, and the whole batch;
 - an all-reduce over a ring takes 2 (n - 1) / n * bytes / bandwidth + 2 (n - 1) * latency (P. Patarasuk and X. Yuan, "Bandwidth
   optimal all-reduce algorithms for clusters of workstations", J. Parallel Distrib. Comput. 69, 2009);
-- DDP's last bucket, full only when backward ends, is hidden by nothing; of the others the measured share is;
+- DDP's last bucket, full only when backward ends, is hidden by nothing; of the others the measured share is, as far as backward,
+  linear in the rows as well, is long enough;
 - the straggler's wait grows as the largest of n normal numbers over their mean does, through what was measured.
 
 Latency and bandwidth of the link here come from all-reduces of several sizes, by least squares. The other links are given:
@@ -23,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -65,10 +67,11 @@ def fit_link(sizes: Sequence[int], seconds: Sequence[float], ranks: int) -> Link
     return Link(max(0.0, float(latency)), 1 / float(per_byte))
 
 
-def exposed(link: Link, buckets: Sequence[int], ranks: int, hidden: float) -> float:
-    """Seconds of all-reduce that backward does not hide: the last bucket, and of the others what is not `hidden`, a share."""
+def exposed(link: Link, buckets: Sequence[int], ranks: int, hidden: float, backward: float = math.inf) -> float:
+    """Seconds of all-reduce that backward does not hide: the last bucket, and of the others what is not `hidden`, a share, which
+    cannot be more than the seconds of `backward`."""
     *others, last = [link.all_reduce(size, ranks) for size in buckets]
-    return last + (1 - hidden) * sum(others)
+    return last + sum(others) - min(hidden * sum(others), backward)
 
 
 def hidden_share(link: Link, buckets: Sequence[int], ranks: int, measured: float) -> float:
@@ -91,6 +94,7 @@ class Model:
 
     fixed: float  # of data, forward and backward, whatever the rows
     per_row: float
+    backward: tuple[float, float]  # of these, backward's part, fixed and per row
     once: float  # a step's work that no rank is spared: clipping, optimizer, DDP's copies into its buckets
     jitter: float  # standard deviation between ranks that the measured straggler's wait stands for
     buckets: tuple[int, ...]  # bytes, in the order of their all-reduces
@@ -99,7 +103,8 @@ class Model:
     def step(self, rows: float, ranks: int, link: Link, faster: float = 1.0) -> float:
         """Seconds of a step with `rows` a rank, where each rank computes `faster` times as fast as the one measured."""
         compute = self.fixed + self.per_row * max(1.0, rows) + self.once + self.jitter * largest_of(ranks)
-        return compute / faster + exposed(link, self.buckets, ranks, self.hidden)
+        backward = self.backward[0] + self.backward[1] * max(1.0, rows)
+        return compute / faster + exposed(link, self.buckets, ranks, self.hidden, backward / faster)
 
     def efficiency(self, rows: float, ranks: int, link: Link, faster: float = 1.0, fixed_global: bool = False) -> float:
         """Rows per second and rank, as a share of a single rank's. `rows`: of the global batch where that is fixed, else of each rank."""
@@ -119,10 +124,12 @@ def model_of(explained: Mapping[str, Any], link: Link) -> Model:
     """The model through all that `benchmarks.explain` measured."""
     one, many = explained["accounts"]["one"], explained["accounts"]["many"]
     ranks, buckets = many["about"]["processes"], explained["buckets"]["25"]
-    fixed, per_row = compute_line(*((a["about"]["batch"]["global"] / a["about"]["processes"], work(a)) for a in (many, one)))
+    rows = [a["about"]["batch"]["global"] / a["about"]["processes"] for a in (many, one)]
+    fixed, per_row = compute_line((rows[0], work(many)), (rows[1], work(one)))
+    backward = compute_line((rows[0], many["backward"]), (rows[1], one["backward"]))
     all_reduce = many["communication"] - one["communication"]
     return Model(
-        fixed, per_row, one["optimizer"] + one["communication"], many["straggler"] / largest_of(ranks), tuple(buckets),
+        fixed, per_row, backward, one["optimizer"] + one["communication"], many["straggler"] / largest_of(ranks), tuple(buckets),
         hidden=hidden_share(link, buckets, ranks, all_reduce),
     )  # fmt: skip
 
@@ -136,8 +143,8 @@ def held_out(explained: Mapping[str, Any], link: Link) -> list[dict[str, Any]]:
     """The speed-up at the measured number of ranks, predicted without measuring any step of several ranks, and what came out.
 
     From one process, with the whole batch and with a rank's share of it, and from the timed all-reduces: what DDP was
-    built for is taken for granted, every bucket but the last hidden at no price, and that ranks do not disturb each other. The
-    second prediction knows the measured contention in addition, for which nothing was exchanged; the third also the price of hiding.
+    built for is taken for granted, every bucket but the last hidden at no price, and that ranks do not disturb each other. Not
+    held out any more is what the next two know in addition: the measured contention, then the price of hiding.
     """
     one, many = explained["accounts"]["one"], explained["accounts"]["many"]
     ranks, base = many["about"]["processes"], work(one) + one["optimizer"] + one["communication"]

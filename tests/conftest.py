@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -21,7 +22,8 @@ os.environ.update({"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1", "
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="distrinews-hf-home-")
 for name in ("HF_TOKEN", "HF_ENDPOINT", "HF_HUB_OFFLINE", "HUGGING_FACE_HUB_TOKEN"):
     os.environ.pop(name, None)
-
+# What a shell starts in the background, as these tests may be, ignores Ctrl-C, and so would what it starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Files of launched runs, the longest first: begun last, one of them would keep a single core busy at the end.
 LONG = ("test_training", "test_stopping", "test_crash", "test_backup_run", "test_doctor_launched", "test_parity", "test_two_nodes",

@@ -104,7 +104,7 @@ def workers(process: subprocess.Popen[str]) -> dict[int, psutil.Process]:
     for member in family(process):
         with contextlib.suppress(psutil.NoSuchProcess):  # a short-lived one, a rank or not
             if (rank := member.environ().get("RANK")) is not None:
-                found[int(rank)] = member
+                found.setdefault(int(rank), member)  # its children, which come later, have it as well
     return found
 
 
@@ -136,8 +136,6 @@ def started(arguments: list[str], cwd: Path = ROOT, module: str = "pipeline.laun
     """`python -m MODULE ARGUMENTS` in the background; whatever is left of it at the end of the block is killed."""
     process = subprocess.Popen(
         [sys.executable, "-m", module, *arguments],
-        # What a shell starts in the background, as these tests may be, ignores Ctrl-C, and so would what it starts.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         cwd=cwd,
         env=environment(**extra),
         text=True,

@@ -29,10 +29,12 @@ from pipeline import train_ddp
 wrap = train_ddp.wrap
 
 class SlowRank(worker.Rank):
-    def slow(self, ranks, seconds):
+    def slow(self, ranks, seconds, part="forward"):
         if not hasattr(self, "delay"):
-            self.state.model.register_forward_pre_hook(lambda *_: time.sleep(self.delay))
-        self.delay = seconds if self.topology.rank in ranks else 0.0
+            self.state.model.register_forward_pre_hook(lambda *_: time.sleep(self.delay["forward"]))
+            last = [module for module in self.state.model.modules() if isinstance(module, worker.torch.nn.Linear)][-1]
+            last.register_full_backward_pre_hook(lambda *_: time.sleep(self.delay["backward"]))
+        self.delay = {"forward": 0.0, "backward": 0.0, part: seconds if self.topology.rank in ranks else 0.0}
 
     def late(self, ranks, seconds):
         # Each DDP made from now on sleeps before its last all-reduce.
@@ -74,9 +76,9 @@ WAYS: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def turns(launch: Launch, slow: list[int], ways: Sequence[str] = tuple(WAYS)) -> dict[str, list[Any]]:
-    """Rounds of those ways, in which the ranks `slow` are."""
-    launch.ask("slow", ranks=slow, seconds=DELAY)
+def turns(launch: Launch, slow: list[int], ways: Sequence[str] = tuple(WAYS), part: str = "forward") -> dict[str, list[Any]]:
+    """Rounds of those ways, in which the ranks `slow` are, in that part."""
+    launch.ask("slow", ranks=slow, seconds=DELAY, part=part)
     found: dict[str, list[Any]] = {f"many/{way}": [] for way in ways}
     for _ in range(ROUNDS):
         for way in ways:
@@ -103,14 +105,13 @@ def test_a_delay_is_found_in_its_part(launch: Launch) -> None:
     assert all(abs(one[part]) < NEAR for part in PARTS if part not in ("forward", "straggler")), one
 
 
-@pytest.mark.parametrize(("part", "slow"), [("contention", ("entry", "together")), ("overlap", ("entry",))])
-def test_what_is_slower_together_is_contention_and_what_is_slower_with_all_reduces_their_price(
-    launch: Launch, part: str, slow: tuple[str, ...]
-) -> None:
+@pytest.mark.parametrize(("lost", "slow", "part"), [("contention", ("entry", "together"), "forward"), ("contention", ("entry", "together"), "backward"),
+                                                    ("contention", ("entry",), "forward"), ("overlap", ("entry",), "backward")])  # fmt: skip
+def test_a_slower_backward_is_told_from_one_slowed_by_all_reduces(launch: Launch, lost: str, slow: tuple[str, ...], part: str) -> None:
     """Ranks that are slower beside each other than alone, or only when they exchange: here because the delay is set only then."""
-    found = account(turns(launch, [0, 1], slow) | turns(launch, [], [way for way in WAYS if way not in slow]), "many")
-    assert found[part] == pytest.approx(DELAY, abs=NEAR)
-    assert all(abs(found[other]) < NEAR for other in ("contention", "overlap", "straggler", "communication") if other != part), found
+    found = account(turns(launch, [0, 1], slow, part) | turns(launch, [], [way for way in WAYS if way not in slow]), "many")
+    assert found[lost] == pytest.approx(DELAY, abs=NEAR)
+    assert all(abs(found[other]) < NEAR for other in ("contention", "overlap", "straggler", "communication") if other != lost), found
 
 
 def test_the_stamps_sleep_in_every_other_step(launch: Launch) -> None:

@@ -65,6 +65,13 @@ def test_the_model_gives_back_what_it_was_made_from(hidden: float) -> None:
     assert (rows["fixed"], rows["per_row"], rows["hidden"]) == (pytest.approx(0.02), pytest.approx(0.005), pytest.approx(hidden))
 
 
+def test_no_more_is_hidden_than_backward_lasts() -> None:
+    """Two buckets of 10 ms each and a last one of 30, of which a backward of 15 ms hides no more than that."""
+    link, buckets = Link(latency=0.0, bandwidth=1e9), [10_000_000, 10_000_000, 30_000_000]
+    assert [exposed(link, buckets, 2, hidden=1.0, backward=seconds) for seconds in (0.1, 0.015, 0.0)] == pytest.approx([0.03, 0.035, 0.05])
+    assert exposed(link, buckets, 2, hidden=0.5, backward=0.015) == pytest.approx(0.04)
+
+
 def test_more_ranks_and_slower_links_never_help() -> None:
     for curve in predict(explained(0.5), faster=100)["curves"]:
         for values in curve["efficiency"].values():

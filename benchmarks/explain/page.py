@@ -13,7 +13,7 @@ WORTH_SAYING = 0.005
 ADDS_UP_WITHIN = 0.03  # of a step
 TITLES = {
     "data": "data", "to_device": "to the device", "forward": "forward", "backward": "backward", "optimizer": "clipping and optimizer",
-    "contention": "contention", "overlap": "hidden all-reduces' price", "straggler": "waiting for the slower rank", "communication": "all-reduce not hidden", "rest": "everything else",
+    "contention": "contention", "overlap": "hidden all-reduces' price", "straggler": "waiting for the slower rank", "communication": "all-reduce not hidden, bucket copies", "rest": "everything else",
 }  # fmt: skip
 LOST = {
     "contention": "the ranks slowing each other down", "overlap": "backward slowed by the all-reduces that run under it",
@@ -68,7 +68,7 @@ def section(results: Mapping[str, Any], machine: str = "") -> str:
         "right": f"they agree within {RIGHT_WITHIN}",
         "likely": f"they likely agree within {RIGHT_WITHIN}",
         "wrong": f"they do NOT agree within {RIGHT_WITHIN}; NOT held",
-        "open": f"the rounds differ by too much to say whether they agree within {RIGHT_WITHIN}",
+        "open": f"the rounds differ by too much, or are too few, to say whether they agree within {RIGHT_WITHIN}",
     }[speedup["verdict"]]
     lines = [
         f"## Where the missing speed-up went{f', on {machine}' * bool(machine)}",
@@ -84,8 +84,8 @@ def section(results: Mapping[str, Any], machine: str = "") -> str:
         f"{_interval(measured, '.2f', 'x')}. The steps between them, with time stamps around their parts: {speedup['stamped']:.2f}x, and "
         f"{speedup['predicted']:.2f}x from the parts, off what the script measures by {_interval(off, '+.3f')}: {agree}. The parts add up to "
         f"{of_one:.1%} of the step of one and {of_many:.1%} of that of {ranks} (accepted: within {ADDS_UP_WITHIN:.0%}){'' if added_up(results) else '; NOT held'}. That says that stamps miss and cost "
-        "next to nothing. All but two parts are stamped in the steps themselves: contention is how much longer a rank's own work takes beside the others than alone, with nothing exchanged, and the price of "
-        "hidden all-reduces how much longer again in training. Whether the parts are told apart rightly shows in what they predict: for the changes below, and under More ranks for two processes from one.",
+        "next to nothing. The waiting and the all-reduces are stamped in the steps themselves, and so is the sum of a rank's own parts, contention and the price of hiding; other turns divide that sum: a rank alone, and ranks "
+        "beside each other with nothing exchanged. Whether they are told apart rightly shows in what they predict of the changes below.",
     ]
     if all_cores := results["speedup_all_cores"]:
         lines += [
@@ -141,7 +141,8 @@ def _remedies(results: Mapping[str, Any]) -> list[str]:
         f"Most was expected of {expected['remedy']}: {expected['predicted']:+.1%}. {verdict} "
         "(Accumulation doubles the rows of an optimizer step, which changes what is learnt; the others do not, but for fp16's rounding. "
         f"That hook's casts alone take {results['passes']['casts'] * 1e3:.0f} ms of a step here.) "
-        f"A prediction is right where the 90% interval of its error lies within {RIGHT_WITHIN * 100:.0f} points, likely right where only its middle does and it is at most {LIKELY_WITHIN * 100:.0f} points wide.",
+        f"A prediction is right where the 90% interval of its error lies within {RIGHT_WITHIN * 100:.0f} points, likely right where only its middle does and it is at most {LIKELY_WITHIN * 100:.0f} points wide. "
+        "Of small changes that says only that they are small; static graph, which should change nothing, shows the error of the method.",
         "",
         f"| change | options | predicted | measured | right within {RIGHT_WITHIN * 100:.0f} points |",
         "|---|---|---|---|---|",
@@ -190,7 +191,10 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
     bars.margins(x=0.07)
     bars.axvline(0, color="black", linewidth=0.8)
     bars.set_xlabel(f"milliseconds of a step of {accounts['many']['about']['batch']['global']} rows, mean over ranks")
-    bars.set_title(f"{results['speedup']['measured']['median']:.2f}x of {ranks}", loc="left", fontweight="bold")
+    speedup = results["speedup"]
+    bars.set_title(
+        f"{speedup['measured']['median']:.2f}x of {ranks} ({speedup['stamped']:.2f}x in the steps drawn)", loc="left", fontweight="bold"
+    )
     handles = [pyplot.Rectangle((0, 0), 1, 1, color=COLOURS[part]) for part in (*PARTS, "rest")]
     bars.legend(
         handles,

@@ -3,9 +3,10 @@
 Seconds of a step are means over rounds and ranks, then over steps, so that they add up; those of a link and of passes over all
 gradients, which are short, medians. In each turn the stamps sleep in every other step, in the next turn of that kind in the others: steps with stamps
 and without are neighbours, and a machine that is slow for some seconds is slow for both. How far the figures can be trusted is
-told by the bootstrap: all of it again from rounds drawn with replacement, DRAWS times, as many of those that stamp the even steps
-and the odd ones as there are; between the 5th and the 95th percentile lie 90% (B. Efron and R. Tibshirani, An Introduction to the
-Bootstrap, 1993, chapter 13).
+told by the bootstrap: all of it again from rounds drawn with replacement, DRAWS times; between the 5th and the 95th percentile lie
+90% (B. Efron and R. Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13). Of the rounds that stamp the even steps one
+less is drawn than there are, and so of those that stamp the odd ones: with as many, the spread of few comes out too small
+(P. J. McCarthy and C. B. Snowden, The Bootstrap and Finite Population Sampling, 1985).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ PARTS = (*OWN, "contention", "overlap", "straggler", "communication")
 RIGHT_WITHIN = 0.05  # a predicted speed-up, or a remedy's gain, is called right when it is that close to the measured one
 LIKELY_WITHIN = 0.2  # the whole width of an interval that still tells something
 DRAWS, SEED = 200, 0
-ENOUGH = 4  # rounds, to judge a prediction by how they differ
+ENOUGH = 6  # rounds, to judge a prediction by how they differ
 
 Rounds = Sequence[Sequence[Sequence[Mapping[str, float]]]]  # of ranks, of steps: seconds by part
 Turns = Mapping[str, Any]  # `launch/way`: Rounds
@@ -52,16 +53,17 @@ def account(turns: Turns, name: str) -> dict[str, float]:
     """The parts of a step of one launch, in seconds of the average rank: they add up to the measured `step`. Beside them `plain`,
     the measured step without stamps.
 
-    All but contention and overlap are stamped in the steps themselves:
+    Straggler and communication are stamped in the steps themselves, and so is the sum of a rank's own parts, contention and overlap,
+    which turns with nothing exchanged divide:
 
     - straggler: from a rank's last gradient to that of the slowest rank, before which no average can be complete (the clock is
       the machine's). Ranks that differ by d have it twice, as a wait of the fast one and as longer work of the slow one; the
       mean over ranks counts each with its half, which is what a perfect balance would gain;
     - communication: from the slowest rank's last gradient to the end of backward: what of the all-reduces backward does not hide,
       with DDP's last work on its buckets, which at one process is all there is;
-    - contention: how much longer a rank's own data, forward, backward and optimizer take beside the other ranks, nothing exchanged,
-      than alone, the others asleep: they share cores, memory and power;
-    - overlap: how much longer again they take in training, where all-reduces run under backward and need cores (on a GPU,
+    - contention: how much longer a rank's own data, forward and optimizer take than alone, the others asleep, and backward beside the
+      other ranks with nothing exchanged: they share cores, memory and power;
+    - overlap: how much longer again backward takes in training, where all-reduces run under it and need cores (on a GPU,
       multiprocessors) and memory as well;
     - data, to_device, forward, backward (to its last gradient), optimizer (with clipping): a rank's own, as if it were alone;
     - rest: what the training script's clock holds beyond the stamps: from a step's end to its next batch, with its recorder,
@@ -69,16 +71,18 @@ def account(turns: Turns, name: str) -> dict[str, float]:
     """
     rounds = turns[f"{name}/entry"]
     mean = {part: average(seconds(rounds, part)) for part in (*OWN, "reduce", "step")}
-    contention, overlap = dict.fromkeys(OWN, 0.0), dict.fromkeys(OWN, 0.0)
+    slower, overlap = dict.fromkeys(OWN, 0.0), 0.0
     if f"{name}/alone" in turns:
-        for part in OWN:
-            alone, together, entry = (each_step(seconds(turns[f"{name}/{way}"], part)) for way in ("alone", "together", "entry"))
-            known = ~np.isnan(entry)  # the steps that had stamps in some round
-            contention[part], overlap[part] = float((together - alone)[known].mean()), float((entry - together)[known].mean())
+        # By step, of those alone that had stamps in some round.
+        slower = {
+            part: float(np.nanmean(each_step(seconds(rounds, part)) - each_step(seconds(turns[f"{name}/alone"], part)))) for part in OWN
+        }
+        together = each_step(seconds(turns[f"{name}/together"], "backward"))
+        overlap = float(np.nanmean(each_step(seconds(rounds, "backward")) - together))
     ready = seconds(rounds, "ready")
     straggler = average(ready.max(axis=1, keepdims=True) - ready)
-    parts = {part: mean[part] - contention[part] - overlap[part] for part in OWN}
-    parts |= {"contention": sum(contention.values()), "overlap": sum(overlap.values())}
+    parts = {part: mean[part] - slower[part] for part in OWN}
+    parts |= {"contention": sum(slower.values()) - overlap, "overlap": overlap}
     parts |= {"straggler": straggler, "communication": mean["reduce"] - straggler}
     parts |= {"rest": mean["step"] - sum(parts.values()), "step": mean["step"]}
     return parts | {"plain": average(seconds(rounds, "step", stamped=False))}
@@ -154,9 +158,9 @@ def gains(turns: Turns) -> dict[str, float]:
 
 def spread(turns: Turns, figure: Callable[[Turns], Mapping[str, float]]) -> dict[str, dict[str, float]]:
     """By name the figure from all rounds, called `median` as in other results, and its 90% interval by the bootstrap over rounds,
-    `lowest` to `highest`."""
+    `lowest` to `highest`; of one round the figure alone."""
     every, draw = range(len(turns["many/entry"])), np.random.default_rng(SEED)
-    picks = [[i for kind in (every[::2], every[1::2]) for i in draw.choice(kind, len(kind))] for _ in range(DRAWS)]
+    picks = [[i for kind in (every[::2], every[1::2]) for i in draw.choice(kind, max(1, len(kind) - 1)) if len(kind)] for _ in range(DRAWS)]
     drawn = [figure({key: [rounds[i] for i in pick] for key, rounds in turns.items()}) for pick in picks]
     low, high = ({name: float(np.percentile([d[name] for d in drawn], q)) for name in drawn[0]} for q in (5, 95))
     return {name: {"median": value, "lowest": low[name], "highest": high[name]} for name, value in figure(turns).items()}
