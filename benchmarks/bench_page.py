@@ -126,7 +126,7 @@ def about(results: Mapping[str, Any]) -> list[str]:
         provenance_lines(results),
         f"{settings['rounds']} round{'s' * (settings['rounds'] > 1)} in turns; an entry takes {settings['steps']} steps of {settings['rows_a_step']} rows, the plain loop "
         f"{settings['plain_steps']}, and the first {FIRST_STEPS} of each are not counted: p99 is of {settings['steps'] - FIRST_STEPS} and {settings['plain_steps'] - FIRST_STEPS} steps a round, so nearly the slowest one. "
-        f"Runs begin cold: a first batch of some shape takes longer, which steps of `make explain` are not; {results['minutes_in_all']} minutes in all. {results['model']} on AG News (drawn from {results['dataset_rows']['train']:,} training rows), at most {settings['max_length']} "
+        f"Runs begin cold, and the first batch of a shape takes longer; `make explain` measures steps that were taken before. {results['minutes_in_all']} minutes in all. {results['model']} on AG News (drawn from {results['dataset_rows']['train']:,} training rows), at most {settings['max_length']} "
         f"tokens. Ranks talk through {results['interconnect']}. Matrix-multiply peak of {where}, measured in the same rounds, to which all shares refer: {rates}.",
     ]
 
