@@ -144,6 +144,18 @@ def test_the_speed_up_from_the_parts_is_judged_by_steps_without_stamps() -> None
     assert honest["over one"]["highest"] - honest["over one"]["lowest"] > 0.3, "though it is itself uncertain"
 
 
+@pytest.mark.parametrize("rounds", [1, 2, 3])
+def test_few_rounds_give_figures_and_no_verdict(rounds: int) -> None:
+    def step(seconds: float, stamped: bool) -> dict[str, float]:
+        return {"ready": 0.0, "forward": seconds / 2, "backward": seconds / 2, "step": seconds} if stamped else {"step": seconds}
+
+    turns = {f"{name}/entry": [[[step(seconds, at % 2 == turn % 2) for at in range(4)]] * ranks for turn in range(rounds)]
+             for name, seconds, ranks in (("one", 1.0, 1), ("many", 0.5, 2))}  # fmt: skip
+    found = spread(turns, speedups)
+    assert found["over one"] == {"median": 2, "lowest": 2, "highest": 2} and found["off"]["median"] == pytest.approx(0)
+    assert verdict(found["off"], rounds) == "open"
+
+
 def test_the_last_gradient_is_noted_before_it_is_reduced(launch: Launch) -> None:
     """One rank is late by a delay after its last gradient (in DDP's hook): what follows is no backward of its own any more."""
     launch.ask("slow", ranks=[], seconds=0.0)

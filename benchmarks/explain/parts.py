@@ -160,7 +160,8 @@ def spread(turns: Turns, figure: Callable[[Turns], Mapping[str, float]]) -> dict
     """By name the figure from all rounds, called `median` as in other results, and its 90% interval by the bootstrap over rounds,
     `lowest` to `highest`; of one round the figure alone."""
     every, draw = range(len(turns["many/entry"])), np.random.default_rng(SEED)
-    picks = [[i for kind in (every[::2], every[1::2]) for i in draw.choice(kind, max(1, len(kind) - 1)) if len(kind)] for _ in range(DRAWS)]
+    kinds = [kind for kind in (every[::2], every[1::2]) if kind]  # a single round has no odd steps stamped
+    picks = [[i for kind in kinds for i in draw.choice(kind, max(1, len(kind) - 1))] for _ in range(DRAWS)]
     drawn = [figure({key: [rounds[i] for i in pick] for key, rounds in turns.items()}) for pick in picks]
     low, high = ({name: float(np.percentile([d[name] for d in drawn], q)) for name in drawn[0]} for q in (5, 95))
     return {name: {"median": value, "lowest": low[name], "highest": high[name]} for name, value in figure(turns).items()}
