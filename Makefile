@@ -100,7 +100,7 @@ predict: $(VENV)/.requirements ## Label a file without a server (MODEL=, INPUT=,
 serve: $(VENV)/.requirements ## The API and its page (MODEL=user/repo REVISION=tag-or-sha)
 	@$(PY) -m serve $(if $(MODEL),--model "$(MODEL)") $(if $(REVISION),--revision "$(REVISION)") $(ARGS)
 
-test: $(VENV)/.requirements-dev ## The tests, 25 to 40 minutes on 2 cores
+test: $(VENV)/.requirements-dev ## The tests, 15 to 40 minutes on 2 cores
 	@$(PY) -m pytest -n 2 --dist loadfile -m "not slow" $(ARGS)
 
 test-all: $(VENV)/.requirements-dev ## All tests, the slow ones and every kill of the crash test too

@@ -9,7 +9,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from benchmarks.bench import MATMUL, PLAIN
+from benchmarks.bench import CHECKPOINT_STEPS, MATMUL, PLAIN
 from benchmarks.common import caption, machine, provenance_lines, save
 from pipeline.speed import FIRST_STEPS
 
@@ -31,7 +31,7 @@ RATIOS = {
     "two_against_one_thread": "2 processes of 1 thread against 1 of 1 thread, raw script: what a second core brings",
     "two_against_one": "2 processes against 1, raw script, the same cores (one GPU each where there are GPUs)",
     "two_against_one_trainer": "2 processes against 1, Trainer, the same",
-    "checkpoint_share": "A checkpoint with its manifest every 50 steps, from the one measured in each run: share of the seconds, 2 processes",
+    "checkpoint_share": f"A checkpoint with its manifest every {CHECKPOINT_STEPS} steps, from the one measured in each run: share of the seconds, 2 processes",
 }
 # Machines that have a column though nobody has measured on them: label -> name, options.
 AWAITED = {"t4x2": ("2x T4 (Kaggle)", "--label t4x2 --model distilbert/distilbert-base-uncased")}

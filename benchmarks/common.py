@@ -13,7 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -122,9 +122,14 @@ def end(process: subprocess.Popen[str]) -> None:
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
-    for member in psutil.wait_procs(members, timeout=1)[1]:
+    kill(psutil.wait_procs(members, timeout=1)[1])
+
+
+def kill(processes: Iterable[psutil.Process]) -> None:
+    """SIGKILL to each that is still there. psutil compares start times: never to another's process with the same id."""
+    for process in processes:
         with suppress(psutil.NoSuchProcess):
-            member.kill()
+            process.kill()
 
 
 def interleave(

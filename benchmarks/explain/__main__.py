@@ -12,9 +12,9 @@ before: one process with as many threads as each of several has, several process
 2. In every other step, time stamps are set by what the script is given (loader, model, its parameters, loss scaler, recorder): data,
    host to device, forward, backward to the rank's last gradient, waiting for the slowest rank's last gradient, what of the
    all-reduces is left after it, clipping with the optimizer. (A stamp takes a microsecond; on a GPU it waits for the queue.)
-3. The same steps with nothing exchanged, on one rank while the others sleep and on all together: what a rank's own parts take
-   longer together is contention, for cores, memory or power; what they take longer again in 2 is the price of the all-reduces
-   that run under backward.
+3. The same steps with nothing exchanged, on one rank while the others sleep and on all together: what backward takes longer
+   again in 2 than together is the price of the all-reduces that run under it; what else a rank's own parts take longer in 2 than
+   alone is contention, for cores, memory or power.
 4. What may help, each measured as 2 is, and predicted from 2, 3 and timed all-reduces.
 
 `benchmarks.explain.parts` has the arithmetic, `benchmarks.scaling` what follows for more ranks, which this runs as well.

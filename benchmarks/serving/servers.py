@@ -21,7 +21,7 @@ from typing import Any
 
 import psutil
 
-from benchmarks.common import GRACE_SECONDS, ROOT, last_words
+from benchmarks.common import GRACE_SECONDS, ROOT, kill, last_words
 from pipeline.topology import allowed_cores
 
 PEERS = ROOT / "benchmarks" / "peers"
@@ -149,9 +149,7 @@ class Running:
             self.process.send_signal(signal.SIGTERM)
             with suppress(subprocess.TimeoutExpired):
                 self.process.wait(GRACE_SECONDS)
-        for member in members:
-            with suppress(psutil.NoSuchProcess):  # psutil compares start times: never another's process with the same id
-                member.kill()
+        kill(members)
         self.process.wait()
 
     @property

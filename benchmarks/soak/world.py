@@ -17,7 +17,7 @@ from typing import Any
 
 import psutil
 
-from benchmarks.common import ROOT
+from benchmarks.common import ROOT, kill
 from benchmarks.soak.load import Connection
 
 PATIENCE_SECONDS = 90.0  # for whatever has to come about
@@ -167,9 +167,7 @@ class ServiceProcess:
         self.process.send_signal(number)
         code, seconds = await self.exit()
         _, left = await asyncio.to_thread(psutil.wait_procs, children, 3)
-        for child in left:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                child.kill()
+        kill(left)
         if left:
             raise NotHeld(f"{len(left)} child process(es) of the service outlived it by 3 s")
         return code, seconds
@@ -187,9 +185,7 @@ class ServiceProcess:
             children = psutil.Process(self.process.pid).children(recursive=True)
             self.process.kill()
             self.process.wait()
-            for child in children:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    child.kill()
+            kill(children)
 
     def weigh(self) -> None:
         if self.process and self.process.poll() is None:
